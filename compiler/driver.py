@@ -1,0 +1,134 @@
+"""The compiler's front door: from a model and an example to a compiled model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch.export import ExportedProgram
+
+from tacit.capture import Capture, Range, export
+from tacit.ir.build import Builder
+from tacit.ir.errors import CompileError
+from tacit.ir.ops.roles import Input, Reveal
+from tacit.ir.plan import Plan
+from tacit.passes import Draft, run_pipeline
+from tacit.passes.lower import SUITES
+from tacit.runtime.reference import interpret
+from tacit.secure import Secure, check_input
+
+Tensor = torch.Tensor
+REVEALS = ("logits", "argmax", "correct")
+_PROBES = 16
+# Without a declared range, inputs may reach this far at least.
+_LEAST_REACH = 4.0
+
+
+def compile(model: torch.nn.Module | ExportedProgram, example_inputs: Tensor | Sequence[Tensor], *,
+            reveal: str = "logits", protocol: str = "fused", calibration: Tensor | Sequence[Tensor] | None = None,
+            input_range: Range | Sequence[Range] | None = None, frac_bits: int | None = None,
+            name: str | None = None) -> Secure:
+    """Compile a trained model into a protocol plan and the shares-to-be of its weights.
+
+    model: a torch.nn.Module in evaluation mode, a torch.fx.GraphModule, or an ExportedProgram with a dynamic batch.
+    example_inputs: a float tensor or a tuple of them, as for torch.export; the first dimension is the batch.
+    reveal: what the client learns: "logits", "argmax", or "correct" (how many of a batch match secret targets).
+    protocol: "fused" (three-round comparisons) or "securenn" (the textbook suite, a baseline).
+    calibration: inputs on which value ranges are measured, with a margin of one bit; without them, ranges are proved.
+    input_range: (low, high), or one such pair for each input. Clients refuse inputs outside it. Default: symmetric,
+        to the power of two at or above twice the largest magnitude of the example, at least 4.
+    frac_bits: fractional bits of activations, 1 to 20; weights get four more. Default: the fewest with which
+        logits stay within 2^-8 of the float model's.
+    name: what the plan is called; default: the class of the model.
+
+    Raises CompileError, which names the module, its source line and the remedy.
+    """
+    if reveal not in REVEALS:
+        raise CompileError(f"reveal has to be one of {', '.join(REVEALS)}, not {reveal!r}")
+    if protocol not in SUITES:
+        raise CompileError(f"protocol has to be one of {', '.join(SUITES)}, not {protocol!r}")
+    examples = _as_tuple(example_inputs, "example_inputs")
+    ranges = _ranges(input_range, examples)
+    program = export(model, examples)
+    capture = Capture(program, ranges)
+    plan = capture.run(name or _name_of(model), reveal)
+    draft = Draft(plan.with_nodes(plan.nodes, protocol=protocol), capture.weights, _probes(plan, examples, calibration),
+                  interpret, _calibration(plan, calibration), frac_bits)
+    draft = run_pipeline(draft)
+    plan = _with_reveal(draft.plan).verify()
+    return Secure(plan, draft.weights, examples[0].dtype)
+
+
+def _with_reveal(plan: Plan) -> Plan:
+    builder = Builder(plan.level)
+    for node in plan.nodes:
+        builder.copy(node)
+    result = builder.emit(Reveal(), plan.result, name="y")
+    return builder.plan(plan, result)
+
+
+def _as_tuple(value: Tensor | Sequence[Tensor], what: str) -> tuple[Tensor, ...]:
+    items = (value,) if isinstance(value, torch.Tensor) else tuple(value)
+    for x in items:
+        if not isinstance(x, torch.Tensor) or x.dim() < 2 or not x.is_floating_point() or len(x) == 0:
+            raise CompileError(f"{what} has to be a float tensor, or a tuple of them, with the batch as first dimension")
+        if not bool(torch.isfinite(x).all()):
+            raise CompileError(f"{what} holds NaN or infinity")
+    if not items:
+        raise CompileError(f"{what} is empty")
+    return items
+
+
+def _ranges(given: Range | Sequence[Range] | None, examples: Sequence[Tensor]) -> list[Range]:
+    if given is None:
+        reach = [max(_LEAST_REACH, 2 * float(x.abs().max())) for x in examples]
+        powers = [2.0 ** math.ceil(math.log2(r)) for r in reach]
+        return [(-p, p) for p in powers]
+    pairs = [given] * len(examples) if isinstance(given[0], (int, float)) else list(given)
+    out = []
+    for pair in pairs:
+        low, high = (float(v) for v in pair)  # type: ignore[union-attr]
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise CompileError(f"input_range has to be finite with low < high, not ({low}, {high})")
+        out.append((low, high))
+    if len(out) != len(examples):
+        raise CompileError(f"{len(out)} input ranges for {len(examples)} inputs")
+    for (low, high), x in zip(out, examples, strict=True):
+        if float(x.min()) < low or float(x.max()) > high:
+            raise CompileError(f"the example input lies outside input_range ({low}, {high})")
+    return out
+
+
+def _inputs(plan: Plan) -> list[tuple[str, Input]]:
+    return [(node.name, node.op) for node in plan.find(Input) if isinstance(node.op, Input) and node.op.label != "targets"]
+
+
+def _probes(plan: Plan, examples: Sequence[Tensor], calibration: Tensor | Sequence[Tensor] | None) -> dict[str, Tensor]:
+    """Inputs on which scales are tried out: calibration data, or the example and values from all over the range."""
+    inputs = _inputs(plan)
+    if calibration is not None:
+        chosen = [x[:4 * _PROBES].double() for x in _as_tuple(calibration, "calibration")]
+    else:
+        generator = torch.Generator().manual_seed(0)
+        chosen = []
+        for (_, op), x in zip(inputs, examples, strict=True):
+            spread = torch.rand((_PROBES, *x.shape[1:]), generator=generator, dtype=torch.float64)
+            chosen.append(torch.cat([x[:_PROBES].double(), op.low + spread * (op.high - op.low)]))
+    probes = {op.label: x for (_, op), x in zip(inputs, chosen, strict=True)}
+    return probes | {"targets": torch.zeros(len(chosen[0]), dtype=torch.float64)}
+
+
+def _calibration(plan: Plan, given: Tensor | Sequence[Tensor] | None) -> dict[str, Tensor]:
+    if given is None:
+        return {}
+    items = _as_tuple(given, "calibration")
+    if len(items) != len(_inputs(plan)):
+        raise CompileError(f"{len(items)} calibration tensors for {len(_inputs(plan))} inputs")
+    checked = {op.label: check_input(plan.node(name), x) for (name, op), x in zip(_inputs(plan), items, strict=True)}
+    return checked | {"targets": torch.zeros(len(items[0]), dtype=torch.float64)}
+
+
+def _name_of(model: torch.nn.Module | ExportedProgram) -> str:
+    name = type(model).__name__.lower()
+    return name if name.isidentifier() else "model"

@@ -1,0 +1,181 @@
+"""The compiled model: run it among virtual parties, check it against the oracle, save and load it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from tacit.ir.errors import InputError, WeightsError
+from tacit.ir.ops.roles import Input, Weight
+from tacit.ir.plan import Node, Plan
+from tacit.runtime import ring
+from tacit.runtime.reference import compare, interpret
+from tacit.runtime.session import Run, Session, Trace
+
+Tensor = torch.Tensor
+PLAN_FILE, WEIGHTS_FILE = "plan.txt", "weights.safetensors"
+
+
+class Secure:
+    """A plan, and the weights of its owner as ring integers.
+
+    Calling it runs one inference of a batch among three virtual parties, with the client and the owner as roles of
+    their own: same arguments as the model, plus the targets for reveal="correct". The first call opens a session,
+    which shares the weights once; later calls reuse it.
+    """
+
+    def __init__(self, plan: Plan, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
+        self.plan = plan
+        self.last_run: Run | None = None
+        self._weights = dict(weights)
+        self._dtype = dtype
+        self._session: Session | None = None
+
+    def __repr__(self) -> str:
+        return f"<Secure {self.plan!r}>"
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Encrypted inference; raises InputError before anything is shared if an input does not fit."""
+        answer, _ = self._run(inputs, trace=False)
+        return self._decoded(answer)
+
+    def reference(self, *inputs: Tensor) -> Tensor:
+        """The clear oracle: the same fixed-point arithmetic without cryptography, truncations rounded to nearest."""
+        values = interpret(self.plan, self._weights, self._checked(inputs))
+        return self._decoded(values[self.plan.result])
+
+    def check(self, *inputs: Tensor) -> Tensor:
+        """A secure run compared with the oracle under the same public truncation offsets, bit for bit at every line.
+
+        Returns the answer; raises DivergenceError naming the first line that differs. It opens every
+        intermediate value inside this process: a test, not for a client's data.
+        """
+        answer, trace = self._run(inputs, trace=True)
+        assert trace is not None
+        clear = interpret(self.plan, self._weights, self._checked(inputs), trace.offsets)
+        compare(self.plan, trace.values, clear)
+        return self._decoded(answer)
+
+    def _run(self, inputs: tuple[Tensor, ...], *, trace: bool) -> tuple[Tensor, Trace | None]:
+        checked = self._checked(inputs)
+        encoded = {node.op.label: ring.encode(checked[node.op.label], node.type.frac)  # type: ignore[attr-defined]
+                   for node in self.inputs}
+        session = self.session()
+        try:
+            dealt = session.deal(len(next(iter(encoded.values()))))
+            answer, self.last_run, opened = session.infer(dealt, encoded, trace=trace)
+        except BaseException:
+            self._session = None    # a failed session is not used again
+            session.close()
+            raise
+        return answer, opened
+
+    def session(self) -> Session:
+        """The session of this model, opened at first use."""
+        if self._session is None:
+            self._session = Session(self.plan, self._weights)
+        return self._session
+
+    @property
+    def inputs(self) -> list[Node]:
+        return self.plan.find(Input)
+
+    def _checked(self, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """The inputs by label, each found fit; raises InputError."""
+        if len(inputs) != len(self.inputs):
+            names = ", ".join(n.name for n in self.inputs)
+            raise InputError(f"expected {len(self.inputs)} inputs ({names}), found {len(inputs)}")
+        out = {}
+        for node, value in zip(self.inputs, inputs, strict=True):
+            assert isinstance(node.op, Input)
+            out[node.op.label] = check_input(node, value)
+        if len({len(value) for value in out.values()}) != 1:
+            raise InputError("the inputs differ in batch size")
+        return out
+
+    def _decoded(self, answer: Tensor) -> Tensor:
+        result = self.plan.node(self.plan.result).type
+        if self.plan.reveal == "correct":
+            return answer[0]
+        if self.plan.reveal == "argmax" or result.frac == 0:
+            return answer
+        return ring.decode(answer, result.frac).to(self._dtype)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write plan.txt, which is public, and weights.safetensors, the owner's alone (mode 0600)."""
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        (target / PLAN_FILE).write_text(str(self.plan))
+        metadata = {"plan": self.plan.digest, "sha256": _fingerprint(self._weights), "dtype": str(self._dtype)}
+        content = save_tensors({k: v.contiguous() for k, v in self._weights.items()}, metadata)
+        _write_private(target / WEIGHTS_FILE, content)
+
+
+def load(folder: str | os.PathLike[str]) -> Secure:
+    """What `Secure.save` wrote; raises PlanError or WeightsError where a file was changed or does not belong."""
+    source = Path(folder)
+    plan = Plan.parse((source / PLAN_FILE).read_text())
+    path = source / WEIGHTS_FILE
+    try:
+        weights = load_tensors(path.read_bytes())
+        with safe_open(path, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+    except SafetensorError as error:
+        raise WeightsError(f"{path.name} is not a readable safetensors file: {error}") from None
+    if metadata.get("plan") != plan.digest:
+        raise WeightsError(f"{path.name} belongs to another plan than {PLAN_FILE}: the digests differ")
+    if metadata.get("sha256") != _fingerprint(weights):
+        raise WeightsError(f"{path.name} was changed after it was written: its fingerprint does not match")
+    expected = {n.op.label: n.type.dims for n in plan.find(Weight)}  # type: ignore[attr-defined]
+    found = {label: tuple(value.shape) for label, value in weights.items() if value.dtype == torch.int64}
+    if expected != found:
+        names = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
+        raise WeightsError(f"{path.name} does not hold the weights of the plan: {', '.join(names)}")
+    return Secure(plan, weights, getattr(torch, metadata.get("dtype", "torch.float32").removeprefix("torch.")))
+
+
+def check_input(node: Node, value: Tensor) -> Tensor:
+    """The value, if it is one that the input line takes; raises InputError, without quoting any of its elements."""
+    op = node.op
+    assert isinstance(op, Input)
+    if not isinstance(value, torch.Tensor):
+        raise InputError(f"input '{op.label}' has to be a tensor, not {type(value).__name__}")
+    wanted = node.type.at(max(1, len(value) if value.dim() else 1)).dims
+    if tuple(value.shape) != wanted:
+        shape = "x".join(str(d) for d in node.type.shape)
+        raise InputError(f"input '{op.label}' has shape {tuple(value.shape)}, the plan takes {shape}, N at least 1")
+    integers = node.type.frac == 0
+    if value.is_floating_point() == integers or value.is_complex() or value.dtype == torch.bool:
+        raise InputError(f"input '{op.label}' is {value.dtype}, the plan takes {'integers' if integers else 'floats'}")
+    if not bool(torch.isfinite(value).all()):
+        raise InputError(f"input '{op.label}' holds NaN or infinity")
+    outside = int(((value < op.low) | (value > op.high)).sum())
+    if outside:
+        raise InputError(f"input '{op.label}': {outside} of {value.numel()} values lie outside the range [{op.low}, {op.high}] "
+                         "for which the plan was compiled; compile with a wider input_range")
+    return value.detach().cpu()
+
+
+def _fingerprint(weights: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for label in sorted(weights):
+        value = weights[label].contiguous()
+        digest.update(f"{label} {tuple(value.shape)} {value.dtype}\n".encode())
+        digest.update(value.view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _write_private(path: Path, content: bytes) -> None:
+    """Replace the file in one step; nobody but the owner can read it at any moment."""
+    temporary = path.with_name(path.name + ".new")
+    temporary.unlink(missing_ok=True)
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
+        out.write(content)
+    os.replace(temporary, path)

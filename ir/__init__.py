@@ -1,0 +1,1 @@
+"""The intermediate representation: types, ops, plans, their text and their cost."""

@@ -1,0 +1,156 @@
+"""Builders: how passes and captures write plans, one line after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from tacit.ir.errors import CompileError, PlanError
+from tacit.ir.op import Level, Op
+from tacit.ir.plan import Node, Plan
+from tacit.ir.types import Type
+
+Tensor = torch.Tensor
+
+
+class Label(str):
+    """The name of a weight, as distinct from the name of a line."""
+
+    __slots__ = ()
+
+
+class Builder:
+    """Collects nodes; infers the type of each from its operands."""
+
+    def __init__(self, level: Level) -> None:
+        self.level = level
+        self.nodes: list[Node] = []
+        self.types: dict[str, Type] = {}
+        self.path = ""
+        self.source = ""
+        self._count = 0
+
+    @contextmanager
+    def at(self, path: str, source: str) -> Iterator[None]:
+        """Lines written inside stem from this module and source line."""
+        self.path, self.source = path, source
+        yield
+        self.path, self.source = "", ""
+
+    def fresh(self, prefix: str = "") -> str:
+        """A name that is not taken yet: %0, %1, ... or %w0, %m3."""
+        while True:
+            name = f"{prefix}{self._count}"
+            self._count += 1
+            if name not in self.types:
+                return name
+
+    def declare(self, op: Op, declared: Type, *, name: str) -> str:
+        """A line whose type is declared rather than inferred: an input or a weight."""
+        return self._append(Node(name, op, (), op.infer(declared), self.path, self.source))
+
+    def emit(self, op: Op, *args: str, name: str = "", width: int | None = None) -> str:
+        """`%name = op %args`; raises CompileError, naming the module, where the types do not fit."""
+        try:
+            found = op.infer(*(self.types[arg] for arg in args))
+        except PlanError as error:
+            where = f" (module '{self.path}', {self.source})" if self.path or self.source else ""
+            raise CompileError(f"{op.name}{where}: {error}") from None
+        found = found if width is None else found.with_(width=width)
+        return self._append(Node(name or self.fresh(), op, args, found, self.path, self.source))
+
+    def copy(self, node: Node) -> str:
+        return self._append(node)
+
+    def _append(self, node: Node) -> str:
+        if node.name in self.types:
+            raise PlanError(f"%{node.name} is defined twice")
+        self.nodes.append(node)
+        self.types[node.name] = node.type
+        return node.name
+
+    def plan(self, like: Plan, result: str) -> Plan:
+        """The finished plan, with the header of another one."""
+        return like.with_nodes(self.nodes, result=result, level=self.level)
+
+
+class FixedBuilder(Builder):
+    """Writes the fixed level: knows the scales, encodes weights, truncates where a product needs it.
+
+    `frac` are the fractional bits of inputs and activations, `weight_frac` those of weights. A weight's
+    precision costs no bit of any comparison, because the truncation after its product drops it again.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], *, frac: int, weight_frac: int) -> None:
+        super().__init__(Level.FIXED)
+        self.frac = frac
+        self.weight_frac = weight_frac
+        self._real = weights
+        self.encoded: dict[str, Tensor] = {}
+        self._weight_nodes: dict[tuple[str, int, tuple[int, ...]], str] = {}
+
+    def real(self, label: str) -> Tensor:
+        return self._real[label]
+
+    def weight(self, label: str, frac: int, shape: tuple[int, ...] | None = None) -> str:
+        """The line that holds this weight at this scale, written at its first use."""
+        value = self._real[label]
+        value = value if shape is None else value.reshape(shape)
+        key = (label, frac, tuple(value.shape))
+        if key not in self._weight_nodes:
+            self._weight_nodes[key] = self._encode(label, value, frac)
+        return self._weight_nodes[key]
+
+    def _encode(self, label: str, value: Tensor, frac: int) -> str:
+        from tacit.ir.ops.roles import Weight
+
+        scaled = torch.round(value.double() * 2.0**frac)
+        if not bool(torch.isfinite(scaled).all()) or float(scaled.abs().max()) >= 2.0**62:
+            raise CompileError(f"weight '{label}' holds NaN, infinity, or a value too large for {frac} fractional bits")
+        copies = sum(name == label or name.startswith(f"{label}.copy") for name in self.encoded)
+        unique = f"{label}.copy{copies}" if copies else str(label)
+        self.encoded[unique] = scaled.to(torch.int64)
+        declared = Type("secret", tuple(value.shape), frac)
+        return self.declare(Weight(unique), declared, name=self.fresh("w"))
+
+    def at_scale(self, x: str) -> str:
+        """x with no more than `frac` fractional bits: truncated where it has more."""
+        from tacit.ir.ops.nonlinear import Trunc
+
+        excess = self.types[x].frac - self.frac
+        return self.emit(Trunc(excess), x) if excess > 0 else x
+
+    def aligned(self, x: str, frac: int) -> str:
+        """x with exactly that many fractional bits, by a shift to the left: no message."""
+        from tacit.ir.ops.local import MulPublic
+
+        missing = frac - self.types[x].frac
+        return self.emit(MulPublic(1 << missing, missing), x) if missing else x
+
+    def product(self, op: Op, x: str, label: str, bias: str | None, bias_shape: tuple[int, ...]) -> str:
+        """op(x, weight) + bias, the bias at the scale of the product: no message, no truncation."""
+        out = self.emit(op, self.at_scale(x), self.weight(label, self.weight_frac))
+        return out if bias is None else self.plus_weight(out, bias, bias_shape)
+
+    def plus_weight(self, x: str, label: str, shape: tuple[int, ...]) -> str:
+        from tacit.ir.ops.local import Add
+
+        return self.emit(Add(), x, self.weight(label, self.types[x].frac, shape))
+
+    def plus(self, x: str, y: str) -> str:
+        """x + y, at the larger of the two scales."""
+        from tacit.ir.ops.local import Add
+
+        frac = max(self.types[x].frac, self.types[y].frac)
+        return self.emit(Add(), self.aligned(x, frac), self.aligned(y, frac))
+
+    def constant(self, value: float, bits: int) -> int:
+        scaled = round(value * 2**bits)
+        if abs(scaled) >= 1 << 62:
+            raise CompileError(f"the constant {value} is too large for {bits} fractional bits")
+        return scaled
+
+

@@ -1,0 +1,43 @@
+"""The errors a user can meet, and the drawing of a plan around the line at fault."""
+
+from collections.abc import Sequence
+
+
+class TacitError(Exception):
+    """Base of every error that Tacit raises on purpose."""
+
+
+class CompileError(TacitError):
+    """The model cannot be compiled as it is; the message names the layer and the remedy."""
+
+
+class PlanError(TacitError):
+    """A plan is malformed: text that does not parse, a type that does not hold, a broken seal."""
+
+
+class InputError(TacitError, ValueError):
+    """An input does not fit the plan: shape, dtype, NaN or infinity, outside the declared range."""
+
+
+class WeightsError(TacitError):
+    """A weight file is damaged, or belongs to another plan."""
+
+
+class ProtocolError(TacitError):
+    """A party failed, disappeared, or sent something that the plan does not provide for."""
+
+
+class DivergenceError(TacitError):
+    """The secure run and the clear oracle disagree; the message names the first node."""
+
+
+def draw(lines: Sequence[str], culprit: int, message: str, *, context: int = 3) -> str:
+    """`message`, then the lines around `culprit` with carets under it."""
+    first, last = max(0, culprit - context), min(len(lines), culprit + context + 1)
+    out = [message, ""]
+    for i in range(first, last):
+        out.append(f"  {i + 1:>4} | {lines[i]}")
+        if i == culprit:
+            indent = len(lines[i]) - len(lines[i].lstrip())
+            out.append("       | " + " " * indent + "^" * max(1, len(lines[i].strip())))
+    return "\n".join(out)

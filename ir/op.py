@@ -1,0 +1,171 @@
+"""What an op is: one class that knows its types, its meaning, its bounds, its cost and its protocol.
+
+Ops are frozen dataclasses; their fields are the attributes that a plan prints. Subclassing registers
+an op under its `name`; the printer, the parser, the verifier, the cost report, the oracle, the
+executor and the generic tests all work through this registry.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from tacit.ir.cost import P0, P1, P2, Cost, Link, Randomness, in_sequence
+from tacit.ir.errors import PlanError
+from tacit.ir.types import Shape, Type
+
+if TYPE_CHECKING:
+    from tacit.runtime.party import Party
+
+Tensor = torch.Tensor
+Material = dict[str, Tensor]
+
+
+class Level(Enum):
+    """The stages of a plan. Each op says at which of them it may stand."""
+
+    MODEL = "model"
+    FIXED = "fixed"
+    PROTOCOL = "protocol"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Shape and dtype of a tensor that a party expects: known from the plan before it arrives."""
+
+    shape: Shape
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one party sends to whom in one round, and what it expects from whom."""
+
+    send: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+    recv: dict[int, tuple[Spec, ...]] = field(default_factory=dict)
+
+
+Received = dict[int, tuple[Tensor, ...]]
+# A party program: yields its rounds, is sent what arrived, returns its result.
+Program = Generator[Round, Received, Any]
+
+
+class Subprotocol:
+    """A piece of protocol for operands of fixed shape: what its parties draw, say and compute."""
+
+    def randomness(self) -> tuple[Randomness, ...]:
+        """The material that one execution consumes, in the order in which `deal` produces it."""
+        return ()
+
+    def cost(self) -> Cost:
+        """Rounds and online bytes; the offline bytes follow from `randomness`."""
+        raise NotImplementedError
+
+    def deal(self, party: Party) -> Material:
+        """Offline: what this party draws from its streams, receives from P2, or deals as P2."""
+        return {}
+
+    def run(self, party: Party, material: Material, *values: Any) -> Program:
+        """Online: the program of all parties, branching on `party.rank`."""
+        raise NotImplementedError
+
+    def full_cost(self) -> Cost:
+        offline: Counter[Link] = Counter()
+        for item in self.randomness():
+            offline += item.offline
+        return self.cost() + Cost(offline=offline)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Operands for the generic tests: an op and the types of its arguments."""
+
+    op: Op
+    args: tuple[Type, ...]
+
+
+class Op:
+    """Base of all ops. `name` and `levels` are class attributes; subclasses are frozen dataclasses."""
+
+    name: ClassVar[str]
+    levels: ClassVar[frozenset[Level]]
+    # Evaluated once per session, before the first inference (weights, openings of their masks).
+    session: ClassVar[bool] = False
+    # The declared type of a line is its only operand (inputs, weights).
+    declares: ClassVar[bool] = False
+    # Who takes part in the online protocol of this op.
+    roles: ClassVar[tuple[int, ...]] = (P0, P1, P2)
+    registry: ClassVar[dict[str, type[Op]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" in cls.__dict__:
+            known = Op.registry.get(cls.name)
+            if known is not None and known.__qualname__ != cls.__qualname__:
+                raise TypeError(f"two ops are called '{cls.name}': {known.__qualname__} and {cls.__qualname__}")
+            Op.registry[cls.name] = cls
+
+    def infer(self, *args: Any) -> Type:
+        """The type of the result; raises PlanError where the operands do not fit."""
+        raise NotImplementedError
+
+    def reference(self, oracle: Any, *args: Any) -> Tensor:
+        """The meaning: on float64 tensors at the model level, on ring integers below."""
+        raise NotImplementedError
+
+    def bound(self, *args: Any) -> Any:
+        """The interval of the result (fixed level), from the intervals of the operands."""
+        raise NotImplementedError
+
+    def parts(self, *args: Type) -> tuple[Subprotocol, ...]:
+        """The subprotocols that one execution runs, one after the other; none for a local op."""
+        return ()
+
+    def randomness(self, *args: Type) -> tuple[Randomness, ...]:
+        return tuple(item for part in self.parts(*args) for item in part.randomness())
+
+    def cost(self, *args: Type) -> Cost:
+        """For operands without a symbolic batch. Composite costs are sums over the parts, never typed."""
+        return in_sequence(part.full_cost() for part in self.parts(*args))
+
+    def run(self, party: Party, *args: Any) -> Program:
+        """The party program. A local op yields nothing; the default runs the single part."""
+        return (yield from party.part(*args))
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        """Operands that every generic test loops over."""
+        raise NotImplementedError(f"{cls.__name__} has no samples")
+
+
+class LocalOp(Op):
+    """An op that P0 and P1 compute on their shares without a message: `compute` is linear."""
+
+    levels = frozenset({Level.FIXED, Level.PROTOCOL})
+    roles = (P0, P1)
+
+    def compute(self, ring: Any, *shares: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def reference(self, oracle: Any, *args: Tensor) -> Tensor:
+        return self.compute(oracle.ring, *args)
+
+    def run(self, party: Party, *args: Any) -> Program:
+        return self.compute(party.ring, *args)
+        yield  # pragma: no cover  (makes this a generator)
+
+
+def expect(condition: bool, message: str) -> None:
+    """A guard of type inference."""
+    if not condition:
+        raise PlanError(message)
+
+
+def expect_kind(kind: str, *args: Type) -> None:
+    for arg in args:
+        expect(arg.kind == kind, f"expected a {kind} operand, found {arg}")

@@ -1,0 +1,253 @@
+"""Truncation, DReLU, ReLU, selection: one opening, one PrivateCompare, one bit.
+
+With r dealt by P2 and c = x + r opened to P0 and P1, the sign of x is
+msb(x) = msb(c) xor msb(r) xor [c' < r'], c' and r' the bits below (the identity of MP-SPDZ's LtzRingRaw,
+ePrint 2019/131). The comparison is SecureNN's PrivateCompare with c public to P0 and P1 and the bits of
+r shared over Z_p. P2 learns u = beta xor [c' < r'] for a bit beta common to P0 and P1, and opens
+u xor msb(r) xor rho for a bit rho it dealt: uniform for everyone. What was dealt as products with rho makes
+the selection local.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tacit.ir.cost import (
+    BIT, BYTE, COMMON, DEALT, P0, P1, P2, PRF, RING, RING_BYTES, Cost, Randomness, links, packed_bits,
+    prime_field, small_ring,
+)
+from tacit.ir.op import Material, Program, Round, Spec, Subprotocol, expect
+from tacit.ir.types import RING_BITS, Shape, Type
+
+if TYPE_CHECKING:
+    from tacit.runtime.party import Party
+
+Tensor = torch.Tensor
+# Truncation holds for -2^62 <= x < 2^62: a signed width of 63 bits.
+TRUNCATION_WIDTH = 63
+_OFFSET = 1 << 62
+_PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67)
+
+
+def prime_for(bits: int) -> int:
+    """The smallest prime that makes a comparison of that many bits free of false zeros.
+
+    With one appended position there are N = bits + 1 positions, and every entry is at most N + 1 before
+    blinding, so p > N + 1 is needed and enough (bits = 63: N = 64, p = 67).
+    """
+    return next(p for p in _PRIMES if p > bits + 2)
+
+
+@dataclass(frozen=True)
+class Truncate(Subprotocol):
+    """floor((x + t) / 2^bits) for -2^62 <= x < 2^62, with t = 2^bits - 1 - (c mod 2^bits), c = x + 2^62 + r.
+
+    t is uniform and known to P0 and P1, who could have drawn it themselves: that is the functionality,
+    and it is perfectly simulated. No element ever fails, unlike in local (SecureML) truncation.
+    """
+
+    shape: Shape
+    bits: int
+
+    def randomness(self) -> tuple[Randomness, ...]:
+        return (Randomness("r", self.shape, RING, PRF),
+                Randomness("r shifted", self.shape, RING, DEALT),
+                Randomness("r msb", self.shape, small_ring(self.bits), DEALT))
+
+    def cost(self) -> Cost:
+        size = RING_BYTES * math.prod(self.shape)
+        return Cost(1, links(p0_p1=size, p1_p0=size))
+
+    def deal(self, party: Party) -> Material:
+        r = party.mask("r", self.shape)
+        return _share_truncation(party, r, self.shape, self.bits)
+
+    def run(self, party: Party, material: Material, *values: Any) -> Program:
+        if party.rank == P2:
+            yield from party.open(None)
+            return None
+        (c,) = yield from party.open(values[0] + material["r"] + (_OFFSET if party.first else 0))
+        party.note_offset(c, self.bits)
+        return party.ring.truncate(c, material["r shifted"], material["r msb"], self.bits, first=party.first)
+
+
+def _share_truncation(party: Party, r: Tensor, shape: Shape, bits: int) -> Material:
+    """[r >> bits] in the ring, and [msb(r)] modulo 2^bits: it is only used times 2^(64 - bits)."""
+    at_p2 = party.rank == P2
+    shifted = party.share("r shifted", shape, party.ring.shift_right(r, bits) if at_p2 else None)
+    element = small_ring(bits)
+    dtype = party.ring.SMALL_DTYPES[element.word_bytes]
+    msb = party.share("r msb", shape, party.ring.bit(r, 63).view(shape).long() if at_p2 else None,
+                      element=element, dtype=dtype)
+    return {} if shifted is None or msb is None else {"r": r, "r shifted": shifted, "r msb": msb}
+
+
+@dataclass(frozen=True)
+class Select(Subprotocol):
+    """[x >= 0] times x, times payloads, or alone; x may be truncated on the way. Three rounds.
+
+    window: a signed width that holds x; drop: the low bits that the comparison leaves out, so that the
+    sign is that of floor((x + t) / 2^drop), t as in `Truncate`; truncate: bits by which the selected x is
+    truncated (then drop is the same); outputs: "relu" for the selected x, "bit" for DReLU(x); payloads: how
+    many other values are selected by the same bit, each behind a mask of its own.
+
+    Range: -2^(window-1) <= x < 2^(window-1) - 2^drop. Outside it the sign is random: a compile-time fact.
+    """
+
+    shape: Shape
+    window: int
+    drop: int = 0
+    truncate: int = 0
+    relu: bool = True
+    bit: bool = False
+    payloads: int = 0
+
+    @property
+    def n(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bits(self) -> int:
+        """How many bits are compared."""
+        return self.window - 1 - self.drop
+
+    @property
+    def p(self) -> int:
+        return prime_for(self.bits)
+
+    @property
+    def positions(self) -> int:
+        return self.bits + 1
+
+    def randomness(self) -> tuple[Randomness, ...]:
+        p, n = self.p, self.n
+        items = [Randomness("r", self.shape, RING, PRF)]
+        if self.relu and self.truncate:
+            small = small_ring(self.truncate)
+            items += [Randomness("r shifted", self.shape, RING, DEALT), Randomness("r msb", self.shape, small, DEALT)]
+        items += [Randomness("bits", (self.bits, n), prime_field(p), DEALT), Randomness("rho", self.shape, RING, DEALT)]
+        if self.relu:
+            items.append(Randomness("rho r", self.shape, RING, DEALT))
+        if self.relu and self.truncate:
+            items.append(Randomness("rho msb", self.shape, small, DEALT))
+        for _ in range(self.payloads):
+            items += [Randomness("payload r", self.shape, RING, PRF), Randomness("rho payload r", self.shape, RING, DEALT)]
+        field = prime_field(p)
+        return (*items, Randomness("s", (self.positions, n), field, COMMON),
+                Randomness("z", (self.positions, n), field, COMMON),
+                Randomness("beta", (n,), BIT, COMMON), Randomness("shift", (n,), BYTE, COMMON))
+
+    def cost(self) -> Cost:
+        opened = RING_BYTES * self.n * (1 + self.payloads)
+        blinded = prime_field(self.p).wire_bytes((self.positions, self.n))
+        answer = packed_bits(self.n)
+        return Cost(3, links(p0_p1=opened, p1_p0=opened, p0_p2=blinded, p1_p2=blinded, p2_p0=answer, p2_p1=answer))
+
+    def deal(self, party: Party) -> Material:
+        at_p2, shape = party.rank == P2, self.shape
+        r = party.mask("r", shape)
+        material: Material = {"r": r}
+        if self.relu and self.truncate:
+            material |= _share_truncation(party, r, shape, self.truncate)
+        shared = {"bits": party.share_bits(r if at_p2 else None, self.drop, self.bits, self.n, self.p)}
+        rho = party.own().bits(shape).long() if at_p2 else torch.empty(0)
+        shared["rho"] = party.share("rho", shape, rho if at_p2 else None)
+        if self.relu:
+            masked = party.ring.shift_right(r, self.truncate) if self.truncate else r
+            shared["rho r"] = party.share("rho r", shape, rho * masked if at_p2 else None)
+        if self.relu and self.truncate:
+            element = small_ring(self.truncate)
+            msb = rho * party.ring.bit(r, 63).view(shape) if at_p2 else None
+            shared["rho msb"] = party.share("rho msb", shape, msb, element=element,
+                                            dtype=party.ring.SMALL_DTYPES[element.word_bytes])
+        for i in range(self.payloads):
+            mask = party.mask("payload r", shape)
+            material[f"payload r {i}"] = mask
+            shared[f"rho payload r {i}"] = party.share("rho payload r", shape, rho * mask if at_p2 else None)
+        if at_p2:
+            return {"flip": party.ring.bit(r, self.window - 1) ^ rho.reshape(-1).to(torch.uint8)}
+        return material | {k: v for k, v in shared.items() if v is not None} | draw_blinding(party, self.bits, self.n, self.p)
+
+    def run(self, party: Party, material: Material, *values: Any) -> Program:
+        if party.rank == P2:
+            return (yield from self._help(party, material))
+        x, *payloads = values
+        offset = _OFFSET if self.truncate and party.first else 0
+        masked = [x + material["r"] + offset]
+        masked += [value + material[f"payload r {i}"] for i, value in enumerate(payloads)]
+        c, *opened = yield from party.open(*masked)
+        if self.drop:
+            party.note_offset(c, self.drop)
+        x_plus_r = c - _OFFSET if self.truncate else c
+        blinded = blind(party, material, x_plus_r, self.drop, self.p)
+        got = yield Round(send={P2: (blinded,)}, recv={P2: (Spec((packed_bits(self.n),), torch.uint8),)})
+        flip = party.field.unpack_bits(got[P2][0], self.n)
+        # DReLU = e xor v, where v = flip xor rho.
+        e = party.ring.bit(x_plus_r, self.window - 1) ^ material["beta"] ^ 1
+        return self._outputs(party, material, x, c, payloads, opened, flip, e)
+
+    def _help(self, party: Party, material: Material) -> Program:
+        """P2: the openings pass it by; it sees blinded vectors and answers with masked bits."""
+        yield Round()
+        zero = yield from find_zero(party, self.positions, self.n, self.p)
+        answer = party.field.pack_bits(zero ^ material["flip"])
+        yield Round(send={P0: (answer,), P1: (answer,)})
+        return (None,) * (self.relu + self.bit + self.payloads)
+
+    def _outputs(self, party: Party, m: Material, x: Tensor, c: Tensor, payloads: list[Tensor],
+                 opened: list[Tensor], flip: Tensor, e: Tensor) -> tuple[Tensor, ...]:
+        ring, first, out = party.ring, party.first, []
+        if self.relu and self.truncate:
+            out.append(ring.relu_truncate(c, m["r shifted"], m["r msb"], m["rho"], m["rho r"], m["rho msb"],
+                                          flip, e, self.truncate, first=first))
+        elif self.relu:
+            out.append(ring.select(c, m["r"], m["rho r"], x, m["rho"], flip, e, first=first))
+        if self.bit:
+            out.append(ring.bit_share(m["rho"], flip, e, first=first))
+        for i, (value, public) in enumerate(zip(payloads, opened, strict=True)):
+            out.append(ring.select(public, m[f"payload r {i}"], m[f"rho payload r {i}"], value, m["rho"],
+                                   flip, e, first=first))
+        return tuple(out)
+
+
+def draw_blinding(party: Party, bits: int, n: int, p: int) -> Material:
+    """What P0 and P1 draw alike for one PrivateCompare, fresh for every position and element."""
+    field, positions = prime_field(p), bits + 1
+    s = party.common("s", (positions, n), field, lambda stream: stream.nonzero(p, (positions, n)))
+    z = party.common("z", (positions, n), field, lambda stream: stream.below(p, (positions, n)))
+    beta = party.common("beta", (n,), BIT, lambda stream: stream.bits((n,)))
+    shift = party.common("shift", (n,), BYTE, lambda stream: stream.below(positions, (n,)))
+    if s is None or z is None or beta is None or shift is None:
+        return {}
+    return {"s": s, "z": z, "beta": beta, "shift": shift}
+
+
+def blind(party: Party, material: Material, c: Tensor, low: int, p: int) -> Tensor:
+    """PrivateCompare at P0 or P1: the packed vectors for P2."""
+    entries = party.field.blind(c, low, material["bits"], material["s"], material["z"], material["beta"],
+                                material["shift"], party.rank, p)
+    packed: Tensor = party.field.pack(entries, p)
+    return packed
+
+
+def find_zero(party: Party, positions: int, n: int, p: int) -> Program:
+    """PrivateCompare at P2: receive both vectors; beta xor [c < r], one bit to a byte."""
+    spec = (Spec(*party.field.packed_shape(positions, n, p)),)
+    got = yield Round(recv={P0: spec, P1: spec})
+    d0, d1 = (party.field.unpack(got[party_][0], positions, p) for party_ in (P0, P1))
+    return party.field.has_zero(d0, d1, p)
+
+
+# How many bits a comparison must look at where it leaves out low ones: rounding up by 2^drop then stays
+# within the sixteenth of the range that widths leave free.
+ROOM_BITS = 4
+
+
+def check_window(x: Type, window: int, drop: int) -> None:
+    """The condition under which a comparison of `window` bits gives the sign."""
+    expect(x.width <= window <= RING_BITS, f"a window of {window} bits does not hold {x}")
+    expect(drop == 0 or window - 1 - drop >= ROOM_BITS, f"dropping {drop} of {window} bits leaves too little to compare")

@@ -1,0 +1,201 @@
+"""Products with secret weights: Beaver's multiplication with a dealt triple and a mask opened once.
+
+With A fresh for every inference and B fixed for the session, P0 and P1 open E = X - A and hold
+F = W - B: X W = E W + A F + A B. The last two terms do not depend on the input and are ready before it
+arrives; online is one opening and one product at each party (SecureNN, Algorithm 1, with Beaver's
+openings hoisted). Convolutions use triples of the convolution's own shapes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from tacit.ir.cost import DEALT, P2, PRF, RING, RING_BYTES, Cost, Randomness, links
+from tacit.ir.op import Level, Material, Op, Program, Sample, Subprotocol, expect, expect_kind
+from tacit.ir.ranges import Interval
+from tacit.ir.types import RING_BITS, Batch, Shape, Type, broadcast
+from tacit.ir.windows import output_size
+
+if TYPE_CHECKING:
+    from tacit.runtime.party import Party
+
+Tensor = torch.Tensor
+_N = Batch()
+
+
+@dataclass(frozen=True)
+class Product(Op):
+    """Base of the products x * w: a bilinear map, with the scale of both factors in the result."""
+
+    levels = frozenset({Level.FIXED})
+
+    def product(self, ring: Any, x: Tensor, w: Tensor) -> Tensor:
+        """The bilinear map on ring integers."""
+        raise NotImplementedError
+
+    def real_product(self, x: Tensor, w: Tensor) -> Tensor:
+        """The same map on float64, for intervals."""
+        raise NotImplementedError
+
+    def reference(self, oracle: Any, *args: Tensor) -> Tensor:
+        return self.product(oracle.ring, args[0], args[1])
+
+    def bound(self, x: Interval, w: Interval) -> Interval:
+        """Centre and radius: |W| maps the radius. Exact for each element up to rounding."""
+        weight = w.centre
+        centre, radius = x.centre[None], x.radius[None]
+        size = self.real_product(centre.abs() + radius, weight.abs())
+        return Interval.around(self.real_product(centre, weight)[0], self.real_product(radius, weight.abs())[0], size[0])
+
+
+@dataclass(frozen=True)
+class FixedLinear(Product):
+    """x (N, ..., I) times the transpose of w (O, I)."""
+
+    name = "fixed.linear"
+
+    def infer(self, x: Type, w: Type) -> Type:
+        expect_kind("secret", x, w)
+        expect(len(w.shape) == 2 and x.shape[-1] == w.shape[1], f"{x} does not fit a weight {w}")
+        return x.with_(shape=(*x.shape[:-1], w.shape[0]), frac=x.frac + w.frac, width=RING_BITS)
+
+    def product(self, ring: Any, x: Tensor, w: Tensor) -> Tensor:
+        out: Tensor = ring.linear(x, w)
+        return out
+
+    def real_product(self, x: Tensor, w: Tensor) -> Tensor:
+        return F.linear(x, w)
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        w = Type("secret", (5, 7), 16, 20)
+        return _samples(cls(), Type("secret", (_N, 7), 12, 16), w) + _samples(cls(), Type("secret", (_N, 3, 7), 12, 16), w)
+
+
+@dataclass(frozen=True)
+class FixedConv2d(Product):
+    """Cross-correlation of x (N, C, H, W) with w (O, C / groups, KH, KW)."""
+
+    name = "fixed.conv2d"
+
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
+    groups: int = 1
+
+    def infer(self, x: Type, w: Type) -> Type:
+        expect_kind("secret", x, w)
+        expect(len(x.shape) == 4 and len(w.shape) == 4, f"expected N x C x H x W and four weight dimensions: {x}, {w}")
+        kernel = w.dims
+        expect(x.shape[1] == kernel[1] * self.groups and kernel[0] % self.groups == 0,
+               f"{x} does not fit a weight {w} in {self.groups} groups")
+        out = [output_size(*args, ceil_mode=False) for args in
+               zip(x.at(1).dims[2:], kernel[2:], self.stride, self.padding, self.dilation, strict=True)]
+        return x.with_(shape=(x.shape[0], kernel[0], *out), frac=x.frac + w.frac, width=RING_BITS)
+
+    def product(self, ring: Any, x: Tensor, w: Tensor) -> Tensor:
+        out: Tensor = ring.conv2d(x, w, self.stride, self.padding, self.dilation, self.groups)
+        return out
+
+    def real_product(self, x: Tensor, w: Tensor) -> Tensor:
+        return F.conv2d(x, w, None, self.stride, self.padding, self.dilation, self.groups)
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        x = Type("secret", (_N, 4, 6, 5), 12, 16)
+        return (_samples(cls(), x, Type("secret", (3, 4, 3, 2), 16, 20))
+                + _samples(cls((2, 1), (1, 2), (2, 1), 2), x, Type("secret", (6, 2, 2, 3), 16, 20)))
+
+
+@dataclass(frozen=True)
+class FixedMul(Product):
+    """x times w element by element, with numpy's broadcasting of w."""
+
+    name = "fixed.mul"
+
+    def infer(self, x: Type, w: Type) -> Type:
+        expect_kind("secret", x, w)
+        shape = broadcast(x.shape, w.shape)
+        expect(shape == x.shape, f"{w} is larger than {x}")
+        return x.with_(shape=shape, frac=x.frac + w.frac, width=RING_BITS)
+
+    def product(self, ring: Any, x: Tensor, w: Tensor) -> Tensor:
+        return x * w
+
+    def real_product(self, x: Tensor, w: Tensor) -> Tensor:
+        return x * w
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        return _samples(cls(), Type("secret", (_N, 4, 3, 2), 12, 16), Type("secret", (4, 1, 1), 16, 20))
+
+
+@dataclass(frozen=True)
+class Triple(Subprotocol):
+    """One product by a triple (A, B, A B) whose second mask belongs to the session."""
+
+    op: Product
+    x_shape: Shape
+    out_shape: Shape
+
+    def randomness(self) -> tuple[Randomness, ...]:
+        return (Randomness("triple a", self.x_shape, RING, PRF), Randomness("triple ab", self.out_shape, RING, DEALT))
+
+    def cost(self) -> Cost:
+        size = RING_BYTES * torch.Size(self.x_shape).numel()
+        return Cost(1, links(p0_p1=size, p1_p0=size))
+
+    def deal(self, party: Party) -> Material:
+        a = party.mask("triple a", self.x_shape)
+        known = self.op.product(party.ring, a, party.operands[2])     # A B at P2, A_i F at P0 and P1
+        ab = party.share("triple ab", self.out_shape, known)
+        return {} if ab is None else {"a": a, "ready": known.add_(ab)}
+
+    def run(self, party: Party, material: Material, *values: Any) -> Program:
+        x, w, _ = values
+        (e,) = yield from party.open(None if party.rank == P2 else x - material["a"])
+        return None if party.rank == P2 else self.op.product(party.ring, e, w).add_(material["ready"])
+
+
+class _Beaver(Product):
+    """The protocol of a product: operands x, w and the mask line of w."""
+
+    levels = frozenset({Level.PROTOCOL})
+
+    def infer(self, x: Type, w: Type, m: Type) -> Type:  # type: ignore[override]
+        expect_kind("masked", m)
+        expect(m.shape == w.shape and m.frac == w.frac, f"{m} is not a mask of {w}")
+        return super().infer(x, w)
+
+    def reference(self, oracle: Any, *args: Tensor) -> Tensor:
+        return self.product(oracle.ring, args[0], args[1])
+
+    def parts(self, x: Type, w: Type, m: Type) -> tuple[Subprotocol, ...]:
+        return (Triple(self, x.dims, self.infer(x, w, m).dims),)
+
+
+class Linear(_Beaver, FixedLinear):
+    """[X][W]^T with a Beaver triple dealt by P2 (SecureNN, Algorithm 1)."""
+
+    name = "linear"
+
+
+class Conv2d(_Beaver, FixedConv2d):
+    """Convolution with a Beaver triple of the convolution's shapes."""
+
+    name = "conv2d"
+
+
+class Mul(_Beaver, FixedMul):
+    """Element-wise product with a Beaver triple."""
+
+    name = "mul"
+
+
+def _samples(op: Product, x: Type, w: Type) -> tuple[Sample, ...]:
+    masked = (w.with_(kind="masked", width=64),) if isinstance(op, _Beaver) else ()
+    return (Sample(op, (x, w, *masked)),)

@@ -1,0 +1,217 @@
+"""Where values enter and leave: the client's input, the owner's weights, the answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tacit.ir.cost import (
+    CLIENT, COMMON, OWNER, P0, P1, P2, PRF, RING, RING_BYTES, ROLES, Cost, Randomness, links,
+)
+from tacit.ir.op import Level, Material, Op, Program, Round, Sample, Spec, Subprotocol, expect, expect_kind
+from tacit.ir.ranges import Interval
+from tacit.ir.types import Batch, Shape, Type, bits_for
+
+if TYPE_CHECKING:
+    from tacit.runtime.party import Party
+
+Tensor = torch.Tensor
+_SHARED = frozenset({Level.FIXED, Level.PROTOCOL})
+
+
+@dataclass(frozen=True)
+class Sharing(Subprotocol):
+    """A role outside shares a value: P0's share comes from a common key, P1 is sent the rest."""
+
+    owner: int
+    shape: Shape
+
+    def cost(self) -> Cost:
+        size = RING_BYTES * torch.Size(self.shape).numel()
+        return Cost(1, links(**{f"{ROLES[self.owner]}_p1": size}))
+
+    def run(self, party: Party, material: Material, *values: Any) -> Program:
+        if party.rank == self.owner:
+            assert party.value is not None
+            yield Round(send={P1: (party.value - party.prf(P0).ring(self.shape),)})
+            return None
+        if party.rank == P1:
+            got = yield Round(recv={self.owner: (Spec(self.shape, torch.int64),)})
+            return got[self.owner][0]
+        yield Round()
+        return party.prf(self.owner).ring(self.shape)
+
+
+@dataclass(frozen=True)
+class Input(Op):
+    """What the client brings: real numbers in [low, high], encoded with `frac` fractional bits and shared."""
+
+    name = "input"
+    levels = frozenset(Level)
+    roles = (P0, P1, CLIENT)
+    declares = True
+
+    label: str
+    low: float
+    high: float
+    owner: str = "client"
+
+    def infer(self, declared: Type) -> Type:
+        if declared.kind == "real":
+            return declared
+        expect_kind("secret", declared)
+        scale = 2.0**declared.frac
+        need = bits_for(self.low * scale, self.high * scale)
+        expect(declared.width >= need, f"values in [{self.low}, {self.high}] need {need} bits, found {declared}")
+        return declared
+
+    def parts(self, declared: Type) -> tuple[Subprotocol, ...]:
+        return (Sharing(CLIENT, declared.dims),)
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        return (Sample(cls("x", -4.0, 4.0), (Type("secret", (Batch(), 7), 12, 16),)),)
+
+
+@dataclass(frozen=True)
+class Weight(Op):
+    """A tensor of the model owner's, shared once per session."""
+
+    name = "weight"
+    levels = frozenset(Level)
+    session = True
+    declares = True
+    roles = (P0, P1, OWNER)
+
+    label: str
+    owner: str = "owner"
+
+    def infer(self, declared: Type) -> Type:
+        expect(not any(isinstance(d, Batch) for d in declared.shape), "a weight has no batch dimension")
+        expect(declared.kind in ("real", "secret"), f"expected a secret, found {declared}")
+        return declared
+
+    def parts(self, declared: Type) -> tuple[Subprotocol, ...]:
+        return (Sharing(OWNER, declared.dims),)
+
+    def run(self, party: Party, *values: Any) -> Program:
+        share = yield from party.part(*values)
+        return None if share is None else party.ring.column_major(share)
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        return (Sample(cls("fc.weight"), (Type("secret", (3, 5), 16, 20),)),)
+
+
+@dataclass(frozen=True)
+class OpenMasked(Subprotocol):
+    """P0 and P1 open W - B for a mask B that P2 dealt and keeps: uniform, so it tells them nothing."""
+
+    shape: Shape
+
+    def randomness(self) -> tuple[Randomness, ...]:
+        return (Randomness("weight mask", self.shape, RING, PRF),)
+
+    def cost(self) -> Cost:
+        size = RING_BYTES * torch.Size(self.shape).numel()
+        return Cost(1, links(p0_p1=size, p1_p0=size))
+
+    def deal(self, party: Party) -> Material:
+        return {"b": party.mask("weight mask", self.shape)}
+
+    def run(self, party: Party, material: Material, *values: Any) -> Program:
+        if party.rank == P2:
+            yield Round()
+            return material["b"]
+        (f,) = yield from party.open(values[0] - material["b"])
+        return f
+
+
+@dataclass(frozen=True)
+class Mask(Op):
+    """F = W - B, opened to P0 and P1 once per session; P2 keeps B (Beaver 1991, with a dealer).
+
+    One mask serves one weight for the whole session, with fresh masks of the other factor each time.
+    Under the same B a second weight W' would reveal W - W': the verifier allows one mask per weight line.
+    """
+
+    name = "mask"
+    levels = frozenset({Level.PROTOCOL})
+    session = True
+
+    def infer(self, w: Type) -> Type:
+        expect_kind("secret", w)
+        return w.with_(kind="masked", width=64)
+
+    def reference(self, oracle: Any, w: Tensor) -> Tensor:
+        return w
+
+    def parts(self, w: Type) -> tuple[Subprotocol, ...]:
+        return (OpenMasked(w.dims),)
+
+    def run(self, party: Party, *values: Any) -> Program:
+        return party.ring.column_major((yield from party.part(*values)))
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        return (Sample(cls(), (Type("secret", (3, 5), 16, 20),)),)
+
+
+@dataclass(frozen=True)
+class RevealTo(Subprotocol):
+    """P0 and P1 send their shares to the client, refreshed by a common zero-sharing.
+
+    Without the refresh the client would see shares that depend on how the answer was computed.
+    """
+
+    shape: Shape
+
+    def randomness(self) -> tuple[Randomness, ...]:
+        return (Randomness("refresh", self.shape, RING, COMMON),)
+
+    def cost(self) -> Cost:
+        size = RING_BYTES * torch.Size(self.shape).numel()
+        return Cost(1, links(p0_client=size, p1_client=size))
+
+    def deal(self, party: Party) -> Material:
+        z = party.common("refresh", self.shape, RING, lambda stream: stream.ring(self.shape))
+        return {} if z is None else {"z": z}
+
+    def run(self, party: Party, material: Material, *values: Any) -> Program:
+        if party.rank == CLIENT:
+            spec = (Spec(self.shape, torch.int64),)
+            got = yield Round(recv={P0: spec, P1: spec})
+            return got[P0][0] + got[P1][0]
+        (y,) = values
+        yield Round(send={CLIENT: (y + material["z"] if party.first else y - material["z"],)})
+        return None
+
+
+@dataclass(frozen=True)
+class Reveal(Op):
+    """The client, and nobody else, learns the value."""
+
+    name = "reveal"
+    levels = _SHARED
+    roles = (P0, P1, CLIENT)
+
+    to: str = "client"
+
+    def infer(self, x: Type) -> Type:
+        expect_kind("secret", x)
+        return x.with_(kind="client")
+
+    def reference(self, oracle: Any, x: Tensor) -> Tensor:
+        return x
+
+    def bound(self, x: Interval) -> Interval:
+        return x
+
+    def parts(self, x: Type) -> tuple[Subprotocol, ...]:
+        return (RevealTo(x.dims),)
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        return (Sample(cls(), (Type("secret", (Batch(), 10), 28, 40),)),)

@@ -1,0 +1,270 @@
+"""The plan: a straight-line typed program, its verifier, its schedule, its cost and requirements."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import networkx as nx
+
+from tacit.ir.cost import P0, P1, P2, ROLES, Cost, Link, Randomness
+from tacit.ir.errors import PlanError, draw
+from tacit.ir.op import Level, Op
+from tacit.ir.types import Type
+
+
+@dataclass(frozen=True)
+class Node:
+    """One line of a plan: `%name : type = op %arg, ..., attribute=value  @path`."""
+
+    name: str
+    op: Op
+    args: tuple[str, ...]
+    type: Type
+    path: str = ""                                   # the PyTorch module it comes from
+    source: str = field(default="", compare=False)   # file and line in the user's model; not printed
+
+
+@dataclass(frozen=True)
+class NodeCost:
+    """What one node costs for a given batch; `start` is the round in which it begins."""
+
+    name: str
+    op: str
+    path: str
+    session: bool
+    start: int
+    cost: Cost
+
+    @property
+    def total_bytes(self) -> int:
+        return self.cost.online_bytes + self.cost.offline_bytes
+
+
+@dataclass(frozen=True)
+class PlanCost:
+    """Totals over all parties for one inference of a batch, and per op and per party."""
+
+    batch: int
+    rounds: int
+    per_op: tuple[NodeCost, ...]
+
+    def _links(self, kind: str) -> Counter[Link]:
+        out: Counter[Link] = Counter()
+        for row in self.per_op:
+            if kind == "session" and row.session:
+                out += row.cost.online + row.cost.offline
+            elif kind != "session" and not row.session:
+                out += row.cost.online if kind == "online" else row.cost.offline
+        return out
+
+    @property
+    def online_bytes(self) -> int:
+        return sum(self._links("online").values())
+
+    @property
+    def offline_bytes(self) -> int:
+        return sum(self._links("offline").values())
+
+    @property
+    def session_bytes(self) -> int:
+        """Paid once per session: sharing the weights and opening their masks."""
+        return sum(self._links("session").values())
+
+    @property
+    def per_party(self) -> dict[str, dict[str, int]]:
+        """Bytes that each party or role sends, by phase."""
+        out = {role: {"online": 0, "offline": 0, "session": 0} for role in ROLES}
+        for kind in ("online", "offline", "session"):
+            for (sender, _), size in self._links(kind).items():
+                out[ROLES[sender]][kind] += size
+        return out
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """One tensor of randomness that one inference consumes, and the node that consumes it."""
+
+    node: str
+    item: Randomness
+
+    @property
+    def kind(self) -> str:
+        return self.item.kind
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.item.shape
+
+    @property
+    def count(self) -> int:
+        return self.item.count
+
+    @property
+    def bytes_per_party(self) -> dict[str, int]:
+        return {ROLES[party]: self.item.bytes_of(party) for party in (P0, P1, P2)}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The round in which each node starts, and how many rounds there are."""
+
+    start: Mapping[str, int]
+    rounds: int
+
+    def at(self, step: int) -> list[str]:
+        return self.by_step.get(step, [])
+
+    @cached_property
+    def by_step(self) -> dict[int, list[str]]:
+        out: dict[int, list[str]] = {}
+        for name, step in self.start.items():
+            out.setdefault(step, []).append(name)
+        return out
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A typed straight-line program, public by construction: it holds no weights and no inputs."""
+
+    name: str
+    nodes: tuple[Node, ...]
+    result: str
+    level: Level = Level.PROTOCOL
+    protocol: str = "fused"
+    reveal: str = "logits"
+    ranges: str = "proved"
+
+    def __str__(self) -> str:
+        return self._text
+
+    def __repr__(self) -> str:
+        return f"<Plan {self.name}: {len(self.nodes)} nodes, {self.level.value} level, {self.digest[:12]}>"
+
+    @cached_property
+    def _text(self) -> str:
+        from tacit.ir.text import print_plan
+
+        return print_plan(self)
+
+    @staticmethod
+    def parse(text: str) -> Plan:
+        """The plan that prints as `text`; raises PlanError, with the plan drawn around the line at fault."""
+        from tacit.ir.text import parse_plan
+
+        return parse_plan(text)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the canonical text, in hexadecimal."""
+        return hashlib.sha256(str(self).encode()).hexdigest()
+
+    @cached_property
+    def by_name(self) -> dict[str, Node]:
+        return {node.name: node for node in self.nodes}
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        """The position of each node: the domain separator of its randomness."""
+        return {node.name: i for i, node in enumerate(self.nodes)}
+
+    def node(self, name: str) -> Node:
+        return self.by_name[name]
+
+    def arg_types(self, node: Node) -> tuple[Type, ...]:
+        return (node.type,) if node.op.declares else tuple(self.by_name[arg].type for arg in node.args)
+
+    def users(self, name: str) -> list[Node]:
+        return [node for node in self.nodes if name in node.args]
+
+    def find(self, op: type[Op]) -> list[Node]:
+        return [node for node in self.nodes if isinstance(node.op, op)]
+
+    def with_nodes(self, nodes: Iterable[Node], **changes: object) -> Plan:
+        return replace(self, nodes=tuple(nodes), **changes)  # type: ignore[arg-type]
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The rounds of one inference: independent messages share a round."""
+        return self._schedule(session=False)
+
+    @cached_property
+    def session_schedule(self) -> Schedule:
+        """The rounds of the once-per-session part."""
+        return self._schedule(session=True)
+
+    def _schedule(self, *, session: bool) -> Schedule:
+        """As soon as possible: a node starts when the last of its operands is ready.
+
+        The number of rounds is the weight of the critical path of the DAG.
+        """
+        graph: nx.DiGraph[str] = nx.DiGraph()
+        rounds = {n.name: self._cost(n, 1).rounds for n in self.nodes if n.op.session == session}
+        graph.add_nodes_from(rounds)
+        for node in self.nodes:
+            if node.name in rounds:
+                graph.add_edges_from((arg, node.name) for arg in node.args if arg in rounds)
+        start: dict[str, int] = {}
+        for name in nx.lexicographical_topological_sort(graph, key=lambda n: self.index[n]):
+            start[name] = max((start[p] + rounds[p] for p in graph.predecessors(name)), default=0)
+        return Schedule(start, max((start[n] + rounds[n] for n in rounds), default=0))
+
+    def _cost(self, node: Node, batch: int) -> Cost:
+        return node.op.cost(*(t.at(batch) for t in self.arg_types(node)))
+
+    def cost(self, *, batch: int = 1) -> PlanCost:
+        """Rounds and bytes of one inference of a batch, exactly as they will be counted on the wire."""
+        rows = []
+        for node in self.nodes:
+            schedule = self.session_schedule if node.op.session else self.schedule
+            rows.append(NodeCost(node.name, node.op.name, node.path, node.op.session,
+                                 schedule.start[node.name], self._cost(node, batch)))
+        return PlanCost(batch, self.schedule.rounds, tuple(rows))
+
+    def requirements(self, *, batch: int = 1) -> tuple[Requirement, ...]:
+        """The randomness that one inference of a batch consumes, in plan order."""
+        return tuple(
+            Requirement(node.name, item)
+            for node in self.nodes if not node.op.session
+            for item in node.op.randomness(*(t.at(batch) for t in self.arg_types(node)))
+        )
+
+    def verify(self) -> Plan:
+        """Check every claim again: names, allowed ops, types. Returns the plan, or raises PlanError."""
+        seen: dict[str, Type] = {}
+        for i, node in enumerate(self.nodes):
+            try:
+                self._verify_node(node, seen)
+            except PlanError as error:
+                raise PlanError(self._drawn(i, str(error))) from None
+            seen[node.name] = node.type
+        if self.result not in seen:
+            raise PlanError(f"plan {self.name} returns %{self.result}, which it does not define")
+        return self
+
+    def _verify_node(self, node: Node, seen: Mapping[str, Type]) -> None:
+        if node.name in seen:
+            raise PlanError(f"%{node.name} is defined twice")
+        for arg in node.args:
+            if arg not in seen:
+                raise PlanError(f"%{arg} is used before it is defined")
+            if node.op.session and not self.by_name[arg].op.session:
+                raise PlanError(f"{node.op.name} belongs to the session and cannot depend on %{arg}")
+        if self.level not in node.op.levels:
+            raise PlanError(f"{node.op.name} may not stand at the {self.level.value} level")
+        try:
+            operands = (node.type,) if node.op.declares else tuple(seen[arg] for arg in node.args)
+            found = node.op.infer(*operands)
+        except TypeError:
+            raise PlanError(f"{node.op.name} does not take {len(node.args)} operands") from None
+        # Range analysis may claim a smaller width than the types alone give, never a larger one.
+        if found.with_(width=node.type.width) != node.type or node.type.width > found.width:
+            raise PlanError(f"%{node.name} is declared {node.type}, but {node.op.name} gives {found}")
+
+    def _drawn(self, index: int, message: str) -> str:
+        from tacit.ir.text import node_text
+
+        return draw([node_text(node) for node in self.nodes], index, message)

@@ -1,0 +1,207 @@
+"""The text of a plan: one grammar, a printer and a parser, parse(print(p)) == p.
+
+    plan     = "plan" name "{" header "\\n" line* "  return %" name "\\n" "}" "\\n" "seal" sha256
+    line     = "%" name ":" type "=" op ["%" name ("," "%" name)*] [","] [key "=" value ("," ...)] ["@" path]
+    comment  = "#" ...            derived columns: dropped by the parser, printed anew from the plan
+
+The four hexadecimal digits that end each line are a checksum of the line, so that an edited line can
+be pointed at; the seal is the SHA-256 of everything above it. They guard against accidents and
+careless edits. Against a malicious editor the parties compare the digest of the whole text.
+"""
+
+import dataclasses
+import hashlib
+import re
+import typing
+from functools import cache
+from typing import Any
+
+from tacit.ir.errors import PlanError, draw
+from tacit.ir.op import Level, Op
+from tacit.ir.plan import Node, NodeCost, Plan
+from tacit.ir.types import Type
+
+_HEADER = ("level", "protocol", "reveal", "ranges")
+_LINE = re.compile(
+    r"%(?P<name>\w+)\s*:\s*(?P<type>\w+<[^>]*>)\s*=\s*(?P<op>[\w.]+)(?P<rest>[^@]*?)(?:@(?P<path>\S*))?\s*"
+)
+
+
+def print_plan(plan: Plan) -> str:
+    """The canonical text."""
+    header = ", ".join(f"{key}={_header_value(plan, key)}" for key in _HEADER)
+    left = [f"plan {plan.name} {{  {header}, ring=2^64", *_aligned(plan), f"  return %{plan.result}", "}"]
+    title, *figures = _figures(plan)
+    width = max(len(line) for line in left)
+    lines = [f"{left[0]:<{width}}  # {title}"]
+    for line, figure in zip(left[1:-2], figures, strict=True):
+        lines.append(f"{line:<{width}}  # {figure}  {_check(line)}")
+    lines += left[-2:]
+    body = "\n".join(lines)
+    return f"{body}\nseal {_seal(body)}\n"
+
+
+def node_text(node: Node) -> str:
+    """One line, unaligned, without derived columns."""
+    return f"  %{node.name} : {node.type} = {_call(node)}" + (f"  @{node.path}" if node.path else "")
+
+
+def parse_plan(text: str) -> Plan:
+    """The inverse of `print_plan`; raises PlanError with the line at fault drawn."""
+    lines = text.rstrip("\n").split("\n")
+    if len(lines) < 4 or not lines[-1].startswith("seal ") or lines[-2] != "}":
+        raise PlanError("this is not a whole plan: it ends with '}' and a seal line")
+    name, header = _parse_header(lines)
+    result = re.fullmatch(r"  return %(\w+)", lines[-3])
+    if not result:
+        raise PlanError(draw(lines, len(lines) - 3, "expected 'return %name'"))
+    nodes = tuple(_parse_line(lines, i) for i in range(1, len(lines) - 3))
+    plan = Plan(name, nodes, result.group(1), Level(header["level"]), header["protocol"],
+                header["reveal"], header["ranges"])
+    _verify_drawn(plan, lines)
+    _verify_seal(plan, lines)
+    return plan
+
+
+def _header_value(plan: Plan, key: str) -> str:
+    value = getattr(plan, key)
+    return value.value if isinstance(value, Level) else str(value)
+
+
+def _aligned(plan: Plan) -> list[str]:
+    rows = [(f"%{n.name}", str(n.type), _call(n), f"@{n.path}" if n.path else "") for n in plan.nodes]
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(4)]
+    return [
+        f"  {a:<{widths[0]}} : {b:<{widths[1]}} = {c:<{widths[2]}}  {d:<{widths[3]}}".rstrip()
+        for a, b, c, d in rows
+    ]
+
+
+def _figures(plan: Plan) -> list[str]:
+    if plan.level is not Level.PROTOCOL:
+        return ["", *("" for _ in plan.nodes)]
+    cost = plan.cost(batch=1)
+    title = f"{'rounds':>7} {'online':>11} {'offline':>11}   bytes at N=1"
+    return [title, *(_figure(row) for row in cost.per_op)]
+
+
+def _figure(row: NodeCost) -> str:
+    if row.session:
+        once = row.cost.online_bytes + row.cost.offline_bytes
+        return f"{'session':>7} {once:>11,} {'':>11}"
+    rounds = row.cost.rounds
+    span = "" if rounds == 0 else f"{row.start + 1}" if rounds == 1 else f"{row.start + 1}-{row.start + rounds}"
+    figures = [f"{b:>11,}" if b else " " * 11 for b in (row.cost.online_bytes, row.cost.offline_bytes)]
+    return f"{span:>7} {figures[0]} {figures[1]}"
+
+
+def _call(node: Node) -> str:
+    parts = [f"%{arg}" for arg in node.args]
+    for field in dataclasses.fields(node.op):  # type: ignore[arg-type]
+        value = getattr(node.op, field.name)
+        if field.default is dataclasses.MISSING or value != field.default:
+            parts.append(f"{field.name}={_value_text(value)}")
+    return f"{node.op.name} {', '.join(parts)}".rstrip()
+
+
+def _value_text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        return "x".join(str(v) for v in value)
+    if isinstance(value, float):
+        return repr(value)
+    return str(value)
+
+
+@cache
+def _field_types(op: type[Op]) -> dict[str, Any]:
+    hints = typing.get_type_hints(op)
+    return {field.name: hints[field.name] for field in dataclasses.fields(op)}  # type: ignore[arg-type]
+
+
+def _parse_value(kind: Any, text: str) -> Any:
+    if kind is bool:
+        if text not in ("true", "false"):
+            raise ValueError(text)
+        return text == "true"
+    if kind in (int, float):
+        return kind(text)
+    if typing.get_origin(kind) is tuple:
+        return tuple(int(v) for v in text.split("x"))
+    if not re.fullmatch(r"[\w.\-]+", text):
+        raise ValueError(text)
+    return text
+
+
+def _parse_header(lines: list[str]) -> tuple[str, dict[str, str]]:
+    found = re.fullmatch(r"plan ([\w.]+) \{  (.*), ring=2\^64\s*(#.*)?", lines[0])
+    if not found:
+        raise PlanError(draw(lines, 0, "expected 'plan NAME {  level=..., ring=2^64'"))
+    header = dict(re.findall(r"(\w+)=(\w+)", found.group(2)))
+    if tuple(header) != _HEADER or header["level"] not in {level.value for level in Level}:
+        raise PlanError(draw(lines, 0, f"the header gives {', '.join(_HEADER)}, in this order"))
+    return found.group(1), header
+
+
+def _parse_line(lines: list[str], i: int) -> Node:
+    found = _LINE.fullmatch(lines[i].split("#")[0].strip())
+    try:
+        if not found:
+            raise PlanError("expected '%name : type = op %operand, ..., key=value  @path'")
+        op_type = Op.registry.get(found["op"])
+        if op_type is None:
+            raise PlanError(f"there is no op '{found['op']}'")
+        args, attributes = _parse_operands(found["rest"], op_type)
+        return Node(found["name"], op_type(**attributes), args, Type.parse(found["type"]), found["path"] or "")
+    except PlanError as error:
+        raise PlanError(draw(lines, i, str(error))) from None
+
+
+def _parse_operands(text: str, op_type: type[Op]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    args, attributes, kinds = [], {}, _field_types(op_type)
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        if operand := re.fullmatch(r"%(\w+)", item):
+            args.append(operand.group(1))
+            continue
+        key, _, value = item.partition("=")
+        if key not in kinds or key in attributes:
+            raise PlanError(f"{op_type.name} has no attribute '{key}'; it takes: {', '.join(kinds) or 'none'}")
+        try:
+            attributes[key] = _parse_value(kinds[key], value)
+        except ValueError:
+            raise PlanError(f"'{value}' is not a value for {key}") from None
+    missing = [f.name for f in dataclasses.fields(op_type)  # type: ignore[arg-type]
+               if f.default is dataclasses.MISSING and f.name not in attributes]
+    if missing:
+        raise PlanError(f"{op_type.name} lacks {', '.join(missing)}")
+    return tuple(args), attributes
+
+
+def _verify_drawn(plan: Plan, lines: list[str]) -> None:
+    """Verify, and draw the text itself around a failure rather than a reprint of it."""
+    for count in range(1, len(plan.nodes) + 1):
+        try:
+            part = dataclasses.replace(plan, nodes=plan.nodes[:count], result=plan.nodes[count - 1].name)
+            part._verify_node(plan.nodes[count - 1], {n.name: n.type for n in plan.nodes[: count - 1]})
+        except PlanError as error:
+            raise PlanError(draw(lines, count, str(error))) from None
+    plan.verify()
+
+
+def _verify_seal(plan: Plan, lines: list[str]) -> None:
+    canonical = str(plan).rstrip("\n").split("\n")
+    if canonical == lines:
+        return
+    for i, (given, printed) in enumerate(zip(lines, canonical, strict=True)):
+        if given != printed:
+            message = f"this line was edited: its checksum or figures do not match (expected: {printed.strip()!r})"
+            raise PlanError(draw(lines, i, message))
+
+
+def _check(line: str) -> str:
+    return hashlib.sha256(" ".join(line.split()).encode()).hexdigest()[:4]
+
+
+def _seal(body: str) -> str:
+    return hashlib.sha256(body.encode()).hexdigest()

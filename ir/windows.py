@@ -1,0 +1,37 @@
+"""The windows of pooling layers: which rows and columns an output looks at, as PyTorch defines it."""
+
+from __future__ import annotations
+
+from tacit.ir.errors import PlanError
+
+Span = tuple[int, int]   # half open
+
+
+def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int, *, ceil_mode: bool) -> int:
+    """Number of windows along one dimension."""
+    reach = size + 2 * padding - dilation * (kernel - 1) - 1
+    if reach < 0:
+        raise PlanError(f"a window of {kernel} (dilation {dilation}) does not fit {size} with padding {padding}")
+    count = -(-reach // stride) + 1 if ceil_mode else reach // stride + 1
+    # The last window has to start inside the input or its left padding.
+    if ceil_mode and (count - 1) * stride >= size + padding:
+        count -= 1
+    return count
+
+
+def average_spans(size: int, kernel: int, stride: int, padding: int, *, ceil_mode: bool,
+                  count_include_pad: bool) -> tuple[list[Span], list[int]]:
+    """The spans of an average pool, clipped to the input, and the length each is divided by."""
+    spans, lengths = [], []
+    for i in range(output_size(size, kernel, stride, padding, 1, ceil_mode=ceil_mode)):
+        start, end = i * stride - padding, min(i * stride - padding + kernel, size + padding)
+        span = (max(start, 0), min(end, size))
+        spans.append(span)
+        lengths.append(end - start if count_include_pad else span[1] - span[0])
+    return spans, lengths
+
+
+def adaptive_spans(size: int, outputs: int) -> tuple[list[Span], list[int]]:
+    """The spans of an adaptive average pool, and their lengths."""
+    spans = [((i * size) // outputs, -(-((i + 1) * size) // outputs)) for i in range(outputs)]
+    return spans, [end - start for start, end in spans]

@@ -1,0 +1,52 @@
+"""The compiler as a list of small rewrites. Each is a function from draft to draft, verified after it ran."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from tacit.passes.draft import Draft
+from tacit.passes.lower import hoist_weight_openings, lower_to_protocol, number_lines, schedule_rounds
+from tacit.passes.quantise import bound_ranges, choose_scale, expand_to_fixed_point, fuse_truncation_into_relu
+from tacit.passes.simplify import (
+    drop_no_ops, drop_softmax_before_argmax, fold_batch_norm, move_max_pool_before_relu, require_supported_outputs,
+)
+
+Pass = Callable[[Draft], Draft]
+
+PIPELINE: tuple[Pass, ...] = (
+    drop_no_ops,
+    drop_softmax_before_argmax,
+    require_supported_outputs,
+    fold_batch_norm,
+    move_max_pool_before_relu,
+    choose_scale,
+    expand_to_fixed_point,
+    fuse_truncation_into_relu,
+    bound_ranges,
+    lower_to_protocol,
+    hoist_weight_openings,
+    schedule_rounds,
+    number_lines,
+)
+
+
+def run_pipeline(draft: Draft) -> Draft:
+    """Run all passes, verifying the plan after each; with TACIT_DUMP=dir, write it there as NN_pass.txt."""
+    _dump(0, "capture", draft)
+    for i, one in enumerate(PIPELINE, 1):
+        draft = one(draft)
+        draft.plan.verify()
+        _dump(i, one.__name__, draft)
+    return draft
+
+
+def _dump(number: int, name: str, draft: Draft) -> None:
+    folder = os.environ.get("TACIT_DUMP")
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder, f"{number:02}_{name}.txt").write_text(str(draft.plan))
+
+
+__all__ = ["PIPELINE", "Draft", "Pass", "run_pipeline"]

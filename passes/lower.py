@@ -1,0 +1,147 @@
+"""From fixed point to protocols: a suite says which subprotocol stands for each op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from tacit.ir.build import Builder
+from tacit.ir.errors import CompileError
+from tacit.ir.op import Level, Op
+from tacit.ir.ops import linear, nonlinear, securenn
+from tacit.ir.ops.comparison import ROOM_BITS
+from tacit.ir.ops.nonlinear import (
+    FixedArgmax, FixedEqual, FixedMaxPool2d, FixedReLU, Trunc,
+)
+from tacit.ir.ops.roles import Mask
+from tacit.ir.plan import Node
+from tacit.passes.draft import Draft
+
+# Writes the protocol form of a node whose operands are already lowered; returns the name of its result.
+Lowering = Callable[[Builder, Node, tuple[str, ...]], str]
+
+
+def _attributes(op: Op) -> dict[str, Any]:
+    return {field.name: getattr(op, field.name) for field in fields(op)}  # type: ignore[arg-type]
+
+
+def _direct(target: type[Op], **changes: Any) -> Lowering:
+    """The op of the suite that takes the same operands and attributes."""
+
+    def lower(b: Builder, node: Node, args: tuple[str, ...]) -> str:
+        return b.emit(target(**_attributes(node.op) | changes), *args, name=node.name, width=node.type.width)
+
+    return lower
+
+
+def _product(target: type[Op]) -> Lowering:
+    """A product with a mask line of its own for the weight; identical masks are merged later."""
+
+    def lower(b: Builder, node: Node, args: tuple[str, ...]) -> str:
+        mask = b.emit(Mask(), args[1], name=b.fresh("m"))
+        return b.emit(target(**_attributes(node.op)), *args, mask, name=node.name, width=node.type.width)
+
+    return lower
+
+
+def _windowed(target: type[Op], slack: int) -> Lowering:
+    """A comparison that looks at no more bits than its operands have; a difference has one more."""
+
+    def lower(b: Builder, node: Node, args: tuple[str, ...]) -> str:
+        window = max(b.types[arg].width for arg in args) + slack
+        attributes = _attributes(node.op)
+        dropped = attributes.get("drop", attributes.get("truncate", 0))
+        window = max(window, dropped + 1 + ROOM_BITS) if dropped else window
+        return b.emit(target(**attributes, window=window), *args, name=node.name, width=node.type.width)
+
+    return lower
+
+
+def _textbook_relu(b: Builder, node: Node, args: tuple[str, ...]) -> str:
+    """ReLU and truncation apart: the textbook suite knows no fused form."""
+    assert isinstance(node.op, FixedReLU)
+    bits = node.op.truncate
+    if not bits:
+        return b.emit(securenn.TextbookReLU(), *args, name=node.name, width=node.type.width)
+    return b.emit(Trunc(bits), b.emit(securenn.TextbookReLU(), *args), name=node.name, width=node.type.width)
+
+
+FUSED: Mapping[type[Op], Lowering] = {
+    linear.FixedLinear: _product(linear.Linear),
+    linear.FixedConv2d: _product(linear.Conv2d),
+    linear.FixedMul: _product(linear.Mul),
+    FixedReLU: _windowed(nonlinear.ReLU, 0),
+    FixedMaxPool2d: _windowed(nonlinear.MaxPool2d, 1),
+    FixedArgmax: _windowed(nonlinear.Argmax, 1),
+    FixedEqual: _windowed(nonlinear.Equal, 1),
+}
+SECURENN: Mapping[type[Op], Lowering] = {
+    linear.FixedLinear: _direct(securenn.TextbookLinear),
+    linear.FixedConv2d: _direct(securenn.TextbookConv2d),
+    linear.FixedMul: _direct(securenn.TextbookMul),
+    FixedReLU: _textbook_relu,
+    FixedMaxPool2d: _direct(securenn.TextbookMaxPool2d, drop=0),
+    FixedArgmax: _direct(securenn.TextbookArgmax),
+    FixedEqual: _direct(securenn.TextbookEqual),
+}
+SUITES: Mapping[str, Mapping[type[Op], Lowering]] = {"fused": FUSED, "securenn": SECURENN}
+
+
+def lower_to_protocol(draft: Draft) -> Draft:
+    """Replace every op of the fixed level by a subprotocol of the plan's suite; local ops stay."""
+    plan, suite = draft.plan, SUITES[draft.plan.protocol]
+    b = Builder(Level.PROTOCOL)
+    for node in plan.nodes:
+        with b.at(node.path, node.source):
+            _lower(b, node, suite)
+    return draft.with_(b.plan(plan, plan.result))
+
+
+def _lower(b: Builder, node: Node, suite: Mapping[type[Op], Lowering]) -> None:
+    lowering = suite.get(type(node.op))
+    if lowering is not None:
+        lowering(b, node, node.args)
+    elif Level.PROTOCOL in node.op.levels:
+        b.copy(node)
+    else:
+        raise CompileError(f"module '{node.path}': this protocol suite has no form of {node.op.name}")
+
+
+def hoist_weight_openings(draft: Draft) -> Draft:
+    """Move weights and the openings of their masks to the front, once per session; one mask for each weight.
+
+    The same mask may serve the same weight again, because the other factor is masked afresh each time.
+    """
+    plan = draft.plan
+    first: dict[tuple[str, ...], str] = {}
+    aliases = {n.name: first.setdefault(n.args, n.name) for n in plan.find(Mask)}
+    nodes = [replace(n, args=tuple(aliases.get(a, a) for a in n.args)) for n in plan.nodes
+             if aliases.get(n.name, n.name) == n.name]
+    session = [n for n in nodes if n.op.session]
+    return draft.with_(plan.with_nodes([*session, *(n for n in nodes if not n.op.session)]))
+
+
+def schedule_rounds(draft: Draft) -> Draft:
+    """Order the lines by the round in which they start, so that messages which share a round stand together."""
+    plan = draft.plan
+    start, place = plan.schedule.start, plan.index
+    online = sorted((n for n in plan.nodes if not n.op.session), key=lambda n: (start[n.name], place[n.name]))
+    return draft.with_(plan.with_nodes([*(n for n in plan.nodes if n.op.session), *online]))
+
+
+def number_lines(draft: Draft) -> Draft:
+    """Give the lines short names in order: %0, %1, ... for values, %w0, %m0 for weights and their masks."""
+    names: dict[str, str] = {}
+    count = {"w": 0, "m": 0, "": 0}
+    for node in draft.plan.nodes:
+        prefix = "m" if isinstance(node.op, Mask) else "w" if node.op.session else ""
+        if node.op.declares and not node.op.session:
+            names[node.name] = node.name
+            continue
+        names[node.name] = f"{prefix}{count[prefix]}"
+        count[prefix] += 1
+    nodes = [replace(n, name=names[n.name], args=tuple(names[a] for a in n.args)) for n in draft.plan.nodes]
+    return draft.with_(draft.plan.with_nodes(nodes, result=names[draft.plan.result]))
+
+

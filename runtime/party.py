@@ -1,0 +1,228 @@
+"""A party: its keys, its channel, and the executor that runs a plan's nodes round by round."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from tacit.ir.cost import (
+    BIT, COMMON, DEALT, ODD_RING, P0, P1, P2, PRF, RING, SENT, Element, Randomness, prime_field,
+)
+from tacit.ir.op import Material, Program, Received, Round, Spec
+from tacit.ir.plan import Node, Plan, Schedule
+from tacit.ir.types import Shape, Type
+from tacit.runtime import field as zp
+from tacit.runtime import ring as z64
+from tacit.runtime.channel import Channel
+from tacit.runtime.prf import Stream
+
+Tensor = torch.Tensor
+Values = dict[str, Any]
+
+
+@dataclass
+class Party:
+    """What the code of an op sees while it handles one node of one batch at one party.
+
+    `rank` says who this is; `args` and `type` are the operand and result types with the batch as a
+    number. `inventory` collects the randomness that dealing produced, for comparison with what the op
+    declares.
+    """
+
+    rank: int
+    channel: Channel
+    keys: Mapping[int, bytes]
+    node: Node
+    index: int
+    batch_id: int
+    args: tuple[Type, ...]
+    type: Type
+    operands: tuple[Any, ...] = ()                  # the operands that belong to the session, for dealing
+    material: list[Material] = dataclasses.field(default_factory=list)
+    value: Tensor | None = None                     # what the role that owns this node brings: input or weight
+    offsets: list[Tensor] | None = None             # where the truncation offsets are recorded, at P0
+    inventory: list[Randomness] = dataclasses.field(default_factory=list)
+    ring: ModuleType = z64
+    field: ModuleType = zp
+    _streams: dict[int, Stream] = dataclasses.field(default_factory=dict)
+
+    @property
+    def first(self) -> bool:
+        """P0 adds public constants, P1 does not."""
+        return self.rank == P0
+
+    def prf(self, peer: int) -> Stream:
+        """The stream that this party and `peer` have in common for this node and batch."""
+        if peer not in self._streams:
+            self._streams[peer] = Stream(self.keys[peer], self.batch_id, self.index)
+        return self._streams[peer]
+
+    def own(self) -> Stream:
+        """P2's private stream for this node and batch."""
+        return self.prf(P2)
+
+    # --- offline ---
+
+    def mask(self, kind: str, shape: Shape) -> Tensor:
+        """A uniform value of Z_2^64 that P2 knows and P0, P1 share, all from the streams."""
+        self._note(kind, shape, RING, PRF)
+        if self.rank != P2:
+            return self.prf(P2).ring(shape)
+        return self.prf(P0).ring(shape) + self.prf(P1).ring(shape)
+
+    def share(self, kind: str, shape: Shape, value: Tensor | None, *, element: Element = RING,
+              dtype: torch.dtype = torch.int64) -> Tensor | None:
+        """P2 shares a value in Z_2^64 or a smaller Z_2^w: P0 derives its share, P1 is sent the correction."""
+        self._note(kind, shape, element, DEALT)
+        if self.rank == P1:
+            return self.channel.recv(P2, [Spec(shape, dtype)])[0]
+        share0 = (self.prf(P2) if self.rank == P0 else self.prf(P0)).words(shape, dtype)
+        if self.rank == P0:
+            return share0
+        assert value is not None
+        self.channel.send(P1, [(value - share0.to(torch.int64)).to(dtype)])
+        return None
+
+    def share_bits(self, r: Tensor | None, low: int, bits: int, n: int, p: int, *, source: str = DEALT) -> Tensor | None:
+        """P2 shares bits low, low + 1, ... of r over Z_p: (bits, n), position-major."""
+        self._note("bits", (bits, n), prime_field(p), source)
+        spec = Spec(*self.field.packed_shape(bits, n, p))
+        if self.rank == P1 or (self.rank == P0 and source == SENT):
+            return self.field.unpack(self.channel.recv(P2, [spec])[0], bits, p)
+        if self.rank == P0:
+            return self.prf(P2).below(p, (bits, n))
+        assert r is not None
+        share0 = (self.own() if source == SENT else self.prf(P0)).below(p, (bits, n))
+        if source == SENT:
+            self.channel.send(P0, [self.field.pack(share0, p)])
+        self.channel.send(P1, [self.field.pack(self.field.bit_corrections(r, low, share0, p), p)])
+        return None
+
+    def send_shares(self, kind: str, shape: Shape, value: Tensor | None, *, odd: bool = False) -> Tensor | None:
+        """P2 sends both parties their shares in Z_2^64 or Z_{2^64 - 1}, as SecureNN counts it."""
+        self._note(kind, shape, ODD_RING if odd else RING, SENT)
+        if self.rank != P2:
+            return self.channel.recv(P2, [Spec(shape, torch.int64)])[0]
+        assert value is not None
+        for target, share in zip((P0, P1), self.split(value, odd=odd), strict=True):
+            self.channel.send(target, [share])
+        return None
+
+    def split(self, value: Tensor, *, odd: bool = False) -> tuple[Tensor, Tensor]:
+        """Fresh additive shares of a value that P2 knows."""
+        stream = self.own()
+        share0 = stream.odd_ring(value.shape) if odd else stream.ring(value.shape)
+        if odd:
+            return share0, self.ring.odd_add(value, self.ring.odd_negate(share0))
+        return share0, value - share0
+
+    def common(self, kind: str, shape: Shape, element: Element, draw: Callable[[Stream], Tensor]) -> Tensor | None:
+        """A value that P0 and P1 draw alike and P2 does not know."""
+        self._note(kind, shape, element, COMMON)
+        return None if self.rank == P2 else draw(self.prf(P1 if self.rank == P0 else P0))
+
+    def common_bits(self, kind: str, n: int) -> Tensor | None:
+        return self.common(kind, (n,), BIT, lambda stream: stream.bits((n,)))
+
+    def _note(self, kind: str, shape: Shape, element: Element, source: str) -> None:
+        self.inventory.append(Randomness(kind, tuple(shape), element, source))
+
+    # --- online ---
+
+    def part(self, *values: Any) -> Program:
+        """Run the next subprotocol of this node on `values`, consuming its material."""
+        part = self.node.op.parts(*self.args)[self._done]
+        self._done += 1
+        # The client and the owner hold no material; a party's is gone once it is taken.
+        material = self.material.pop(0) if self.rank <= P2 else {}
+        return (yield from part.run(self, material, *values))
+
+    _done: int = 0
+
+    def open(self, *shares: Tensor) -> Program:
+        """P0 and P1 exchange shares and both learn the sums. P2 only sees the round pass."""
+        if self.rank == P2:
+            yield Round()
+            return tuple(None for _ in shares)
+        peer = P1 if self.rank == P0 else P0
+        specs = tuple(Spec(tuple(s.shape), s.dtype) for s in shares)
+        got = yield Round(send={peer: shares}, recv={peer: specs})
+        return tuple(mine + theirs for mine, theirs in zip(shares, got[peer], strict=True))
+
+    def note_offset(self, c: Tensor, bits: int) -> None:
+        """Record t = 2^bits - 1 - (c mod 2^bits), the public offset of a truncation, if anybody asked."""
+        if self.rank == P0 and self.offsets is not None:
+            self.offsets.append((1 << bits) - 1 - self.ring.low_bits(c, bits))
+
+
+Seat = Callable[[Node], Party]
+
+
+def deal(nodes: Sequence[Node], seat: Seat, material: dict[str, list[Material]]) -> list[Randomness]:
+    """Offline: the material of every node, in plan order. Returns what was dealt."""
+    inventory = []
+    for node in nodes:
+        party = seat(node)
+        material[node.name] = [part.deal(party) for part in node.op.parts(*party.args)]
+        inventory += party.inventory
+    return inventory
+
+
+class _Running:
+    """The programs under way at one party, and the values they leave behind."""
+
+    def __init__(self, plan: Plan, values: Values, *, keep: bool) -> None:
+        self.values = values
+        self.programs: list[tuple[Node, Program, Round]] = []
+        # How many lines still need a value; dropped at zero, unless everything is kept.
+        self._uses = Counter(arg for n in plan.nodes for arg in n.args if not keep and not plan.node(arg).op.session)
+
+    def advance(self, node: Node, program: Program, received: Received | None) -> None:
+        """Run a program to its next round, or to its end."""
+        try:
+            wanted = next(program) if received is None else program.send(received)
+            self.programs.append((node, program, wanted))
+        except StopIteration as stop:
+            self.values[node.name] = stop.value
+            for arg in node.args:
+                self._uses[arg] -= 1
+                if self._uses[arg] == 0:
+                    self.values.pop(arg, None)
+
+
+def execute(plan: Plan, schedule: Schedule, channel: Channel, seat: Seat, values: Values, *, keep: bool = True) -> None:
+    """Online: run the scheduled nodes; all messages of one round to one peer travel as one."""
+    running = _Running(plan, values, keep=keep)
+    for step in range(schedule.rounds + 1):
+        for name in schedule.at(step):
+            node = plan.node(name)
+            if channel.rank in node.op.roles:
+                running.advance(node, node.op.run(seat(node), *(values.get(arg) for arg in node.args)), None)
+        active, running.programs = running.programs, []
+        for target, tensors in _outgoing(active):
+            channel.send(target, tensors)
+        for (node, program, _), received in zip(active, _incoming(channel, active), strict=True):
+            running.advance(node, program, received)
+
+
+def _outgoing(active: Sequence[tuple[Node, Program, Round]]) -> Iterator[tuple[int, list[Tensor]]]:
+    targets = sorted({target for _, _, wanted in active for target in wanted.send})
+    for target in targets:
+        yield target, [t for _, _, wanted in active for t in wanted.send.get(target, ())]
+
+
+def _incoming(channel: Channel, active: Sequence[tuple[Node, Program, Round]]) -> list[Received]:
+    inbox: list[Received] = [{} for _ in active]
+    for source in sorted({source for _, _, wanted in active for source in wanted.recv}):
+        specs = [spec for _, _, wanted in active for spec in wanted.recv.get(source, ())]
+        arrived = iter(channel.recv(source, specs))
+        for box, (_, _, wanted) in zip(inbox, active, strict=True):
+            if source in wanted.recv:
+                box[source] = tuple(next(arrived) for _ in wanted.recv[source])
+    return inbox

@@ -1,0 +1,83 @@
+"""Pairwise pseudorandom streams: AES-128 in counter mode, keyed from os.urandom.
+
+Every pair of parties has a key. A stream is bound to (key, batch, node), each with its own range of
+2^64 counter values, so that no two streams of a session ever overlap and nothing is drawn twice.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from itertools import combinations
+
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+from tacit.ir.cost import CLIENT, OWNER, P0, P1, P2
+from tacit.runtime import field
+
+KEY_BYTES = 16
+_ZEROS = bytes(1 << 20)
+# Who shares a key with whom; P2 also has one of its own. It holds neither k01 nor a key of the roles outside.
+PAIRS = (*combinations((P0, P1, P2), 2), (P2, P2), (P0, CLIENT), (P0, OWNER))
+
+Keys = dict[tuple[int, int], bytes]
+
+
+def fresh_keys() -> Keys:
+    """New keys for all pairs, as the parties of one session agree on them."""
+    return {pair: os.urandom(KEY_BYTES) for pair in PAIRS}
+
+
+def keys_of(party: int, keys: Keys) -> dict[int, bytes]:
+    """The keys that one party holds, by peer."""
+    return {a if b == party else b: key for (a, b), key in keys.items() if party in (a, b)}
+
+
+class Stream:
+    """One stream; both holders of its key draw the same values in the same order."""
+
+    def __init__(self, key: bytes, batch: int, node: int) -> None:
+        nonce = batch.to_bytes(4, "big") + node.to_bytes(4, "big") + bytes(8)
+        self._cipher = Cipher(algorithms.AES(key), modes.CTR(nonce)).encryptor()
+
+    def fill(self, out: torch.Tensor) -> torch.Tensor:
+        """Overwrite a contiguous tensor with random bytes."""
+        view = memoryview(out.view(-1).view(torch.uint8).numpy())
+        for begin in range(0, len(view), len(_ZEROS)):
+            part = view[begin:begin + len(_ZEROS)]
+            self._cipher.update_into(_ZEROS[: len(part)] if len(part) < len(_ZEROS) else _ZEROS, part)
+        return out
+
+    def ring(self, shape: Iterable[int]) -> torch.Tensor:
+        """Uniform on Z_2^64, as int64."""
+        return self.fill(torch.empty(tuple(shape), dtype=torch.int64))
+
+    def words(self, shape: Iterable[int], dtype: torch.dtype) -> torch.Tensor:
+        """Uniform on Z_2^8, Z_2^16, Z_2^32 or Z_2^64, after the dtype."""
+        return self.fill(torch.empty(tuple(shape), dtype=dtype))
+
+    def bits(self, shape: Iterable[int]) -> torch.Tensor:
+        """Uniform bits, one to a byte."""
+        return self.fill(torch.empty(tuple(shape), dtype=torch.uint8)).bitwise_and_(1)
+
+    def below(self, bound: int, shape: Iterable[int]) -> torch.Tensor:
+        """Uniform on {0, ..., bound - 1} for a bound up to 256, as uint8: exact, by rejection."""
+        out = torch.empty(tuple(shape), dtype=torch.uint8)
+        draws = self.words(out.shape, torch.uint16)
+        limit = 65536 - 65536 % bound
+        rejected = field.reduce_draws(draws.view(-1).numpy(), bound, limit, out.view(-1).numpy())
+        if rejected:   # at most one draw in 256, drawn again in the same way
+            out.view(-1)[torch.tensor(rejected)] = self.below(bound, (len(rejected),))
+        return out
+
+    def nonzero(self, p: int, shape: Iterable[int]) -> torch.Tensor:
+        """Uniform on {1, ..., p - 1}, as uint8."""
+        return self.below(p - 1, shape).add_(1)
+
+    def odd_ring(self, shape: Iterable[int]) -> torch.Tensor:
+        """Uniform on {0, ..., 2^64 - 2}: -1 as int64 is redrawn."""
+        out = self.ring(shape)
+        while bool((wrong := out == -1).any()):
+            out[wrong] = self.ring((int(wrong.sum()),))
+        return out

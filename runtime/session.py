@@ -1,0 +1,198 @@
+"""A session: three virtual parties and the two roles outside, in one process.
+
+The parties are threads over an in-memory channel; client and owner act in the caller's thread, over the
+same channel. A session owns all its state: keys, shares of the weights, opened masks, undealt batches.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tacit.ir.cost import CLIENT, OWNER, P0, P1, P2, ROLES, Link, Randomness
+from tacit.ir.errors import ProtocolError
+from tacit.ir.op import Material
+from tacit.ir.ops.roles import Input, Weight
+from tacit.ir.plan import Node, Plan, Schedule
+from tacit.ir.types import Type
+from tacit.runtime import prf
+from tacit.runtime.channel import Meter, Network
+from tacit.runtime.party import Party, Values, deal, execute
+
+Tensor = torch.Tensor
+PARTIES = (P0, P1, P2)
+_EVERYONE = tuple(range(len(ROLES)))
+_MAX_BATCHES = 1 << 32
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one inference of a batch measured. Bytes and rounds are counted in the channel."""
+
+    batch: int
+    rounds: int
+    online_bytes: int
+    offline_bytes: int
+    online_seconds: float
+    offline_seconds: float
+    online_links: Mapping[Link, int] = field(default_factory=Counter, repr=False)
+    offline_links: Mapping[Link, int] = field(default_factory=Counter, repr=False)
+
+
+@dataclass
+class Dealt:
+    """The material of one inference: used once, then gone."""
+
+    batch_id: int
+    batch: int
+    material: dict[int, dict[str, list[Material]]]
+    inventory: dict[int, list[Randomness]]
+    meter: Meter
+    seconds: float
+
+
+@dataclass
+class Trace:
+    """A secure run laid open for `check`: the sum of both shares of every line, and the public offsets."""
+
+    values: dict[str, Tensor]
+    offsets: dict[str, list[Tensor]]
+
+
+class Session:
+    """Open once, then deal and infer as often as wanted; not for use by several threads at once."""
+
+    def __init__(self, plan: Plan, weights: Mapping[str, Tensor], *, keys: prf.Keys | None = None) -> None:
+        self.plan = plan.verify()
+        self.network = Network()
+        self._keys = keys or prf.fresh_keys()
+        self._weights = weights
+        self._shared: dict[int, Values] = {rank: {} for rank in _EVERYONE}
+        self._types: dict[tuple[str, int], tuple[tuple[Type, ...], Type]] = {}
+        self._pool = ThreadPoolExecutor(len(PARTIES), thread_name_prefix="party")
+        self._next_batch = 1            # batch 0 is the session's own part
+        self._broken: str | None = None
+        self.weight_meter = self._open()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True)
+
+    def _open(self) -> Meter:
+        """Share the weights and open their masks: paid once."""
+        nodes = [n for n in self.plan.nodes if n.op.session]
+        material: dict[int, dict[str, list[Material]]] = {rank: {} for rank in _EVERYONE}
+        meter = self.network.start_phase()
+        self._together({rank: lambda rank=rank: deal(nodes, self._seat(rank, 0, 1), material[rank]) for rank in PARTIES})
+        jobs = {}
+        for rank in (*PARTIES, OWNER):
+            seat = self._seat(rank, 0, 1, material[rank])
+            jobs[rank] = self._job(rank, self.plan.session_schedule, seat, self._shared[rank])
+        self._together(jobs)
+        return meter
+
+    def deal(self, batch: int) -> Dealt:
+        """Offline: deal exactly what one inference of `batch` elements consumes."""
+        if self._next_batch >= _MAX_BATCHES:
+            raise ProtocolError("this session has used up its batches; open a new one")
+        batch_id, self._next_batch = self._next_batch, self._next_batch + 1
+        nodes = [n for n in self.plan.nodes if not n.op.session]
+        material: dict[int, dict[str, list[Material]]] = {rank: {} for rank in _EVERYONE}
+        meter, begin = self.network.start_phase(), time.perf_counter()
+        found = self._together({
+            rank: lambda rank=rank: deal(nodes, self._seat(rank, batch_id, batch), material[rank]) for rank in PARTIES
+        })
+        return Dealt(batch_id, batch, material, found, meter, time.perf_counter() - begin)
+
+    def infer(self, dealt: Dealt, inputs: Mapping[str, Tensor], *, trace: bool = False) -> tuple[Tensor, Run, Trace | None]:
+        """Online: one inference on ring-encoded inputs (by label); consumes `dealt`."""
+        material, dealt.material = dealt.material, {}
+        if not material:
+            raise ProtocolError("this material was used before; deal again")
+        offsets: dict[str, list[Tensor]] = {}
+        values: dict[int, Values] = {rank: dict(self._shared[rank]) for rank in _EVERYONE}
+        meter, begin = self.network.start_phase(), time.perf_counter()
+        jobs = {}
+        for rank in (*PARTIES, CLIENT):
+            seat = self._seat(rank, dealt.batch_id, dealt.batch, material[rank], inputs, offsets if trace else None)
+            jobs[rank] = self._job(rank, self.plan.schedule, seat, values[rank], keep=trace)
+        self._together(jobs)
+        seconds = time.perf_counter() - begin
+        run = Run(dealt.batch, meter.rounds, meter.bytes, dealt.meter.bytes, seconds, dealt.seconds,
+                  meter.traffic, dealt.meter.traffic)
+        answer = values[CLIENT][self.plan.result]
+        return answer, run, Trace(self._opened(values), offsets) if trace else None
+
+    def _opened(self, values: Mapping[int, Values]) -> dict[str, Tensor]:
+        out = {}
+        for node in self.plan.nodes:
+            if node.type.kind == "secret":
+                out[node.name] = values[P0][node.name] + values[P1][node.name]
+            elif node.type.kind == "masked":
+                out[node.name] = values[P0][node.name] + values[P2][node.name]
+            else:
+                out[node.name] = values[CLIENT][node.name]
+        return out
+
+    def _job(self, rank: int, schedule: Schedule, seat: Callable[[Node], Party], values: Values, *,
+             keep: bool = True) -> Callable[[], None]:
+        return lambda: execute(self.plan, schedule, self.network.channel(rank), seat, values, keep=keep)
+
+    def _seat(self, rank: int, batch_id: int, batch: int, material: Mapping[str, list[Material]] | None = None,
+              inputs: Mapping[str, Tensor] | None = None, offsets: dict[str, list[Tensor]] | None = None,
+              ) -> Callable[[Node], Party]:
+        channel, keys = self.network.channel(rank), prf.keys_of(rank, self._keys)
+        shared = self._shared[rank]
+
+        def seat(node: Node) -> Party:
+            args, result = self._concrete(node, batch)
+            party = Party(rank, channel, keys, node, self.plan.index[node.name], batch_id, args, result,
+                          operands=tuple(shared.get(arg) for arg in node.args))
+            if material is not None:
+                party.material = material.get(node.name, [])
+            if isinstance(node.op, Weight) and rank == OWNER:
+                party.value = self._weights[node.op.label]
+            if isinstance(node.op, Input) and rank == CLIENT and inputs is not None:
+                party.value = inputs[node.op.label]
+            if offsets is not None and rank == P0:
+                party.offsets = offsets.setdefault(node.name, [])
+            return party
+
+        return seat
+
+    def _concrete(self, node: Node, batch: int) -> tuple[tuple[Type, ...], Type]:
+        key = (node.name, batch)
+        if key not in self._types:
+            self._types[key] = tuple(t.at(batch) for t in self.plan.arg_types(node)), node.type.at(batch)
+        return self._types[key]
+
+    def _together(self, jobs: Mapping[int, Callable[[], Any]]) -> dict[int, Any]:
+        """Run the jobs of all parties at once; the first failure wakes and ends the others."""
+        if self._broken:
+            raise ProtocolError(f"this session ended with an error before ({self._broken}); open a new one")
+        failures: list[tuple[int, BaseException]] = []
+        lock = threading.Lock()
+
+        def guarded(rank: int) -> Any:
+            try:
+                return jobs[rank]()
+            except BaseException as error:
+                with lock:
+                    failures.append((rank, error))
+                self.network.fail(f"{ROLES[rank]} failed")
+                return None
+
+        pending = {rank: self._pool.submit(guarded, rank) for rank in jobs if rank in PARTIES}
+        results = {rank: guarded(rank) for rank in jobs if rank not in PARTIES}
+        results |= {rank: future.result() for rank, future in pending.items()}
+        if failures:
+            rank, error = failures[0]
+            self._broken = f"{ROLES[rank]} failed"
+            raise error
+        return results
