@@ -9,9 +9,8 @@ import torch
 from torch.export import ExportedProgram
 
 from tacit.capture import Capture, Range, export
-from tacit.ir.build import Builder
 from tacit.ir.errors import CompileError
-from tacit.ir.ops.roles import Input, Reveal
+from tacit.ir.ops.roles import Input
 from tacit.ir.plan import Plan
 from tacit.passes import Draft, run_pipeline
 from tacit.passes.lower import SUITES
@@ -56,16 +55,7 @@ def compile(model: torch.nn.Module | ExportedProgram, example_inputs: Tensor | S
     draft = Draft(plan.with_nodes(plan.nodes, protocol=protocol), capture.weights, _probes(plan, examples, calibration),
                   interpret, _calibration(plan, calibration), frac_bits)
     draft = run_pipeline(draft)
-    plan = _with_reveal(draft.plan).verify()
-    return Secure(plan, draft.weights, examples[0].dtype)
-
-
-def _with_reveal(plan: Plan) -> Plan:
-    builder = Builder(plan.level)
-    for node in plan.nodes:
-        builder.copy(node)
-    result = builder.emit(Reveal(), plan.result, name="y")
-    return builder.plan(plan, result)
+    return Secure(draft.plan, draft.weights, examples[0].dtype)
 
 
 def _as_tuple(value: Tensor | Sequence[Tensor], what: str) -> tuple[Tensor, ...]:

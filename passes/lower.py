@@ -14,7 +14,7 @@ from tacit.ir.ops.comparison import ROOM_BITS
 from tacit.ir.ops.nonlinear import (
     FixedArgmax, FixedEqual, FixedMaxPool2d, FixedReLU, Trunc,
 )
-from tacit.ir.ops.roles import Mask
+from tacit.ir.ops.roles import Input, Mask, Reveal
 from tacit.ir.plan import Node
 from tacit.passes.draft import Draft
 
@@ -108,6 +108,14 @@ def _lower(b: Builder, node: Node, suite: Mapping[type[Op], Lowering]) -> None:
         raise CompileError(f"module '{node.path}': this protocol suite has no form of {node.op.name}")
 
 
+def reveal_result(draft: Draft) -> Draft:
+    """The client, and it alone, learns the result."""
+    b = Builder(Level.PROTOCOL)
+    for node in draft.plan.nodes:
+        b.copy(node)
+    return draft.with_(b.plan(draft.plan, b.emit(Reveal(), draft.plan.result, name="y")))
+
+
 def hoist_weight_openings(draft: Draft) -> Draft:
     """Move weights and the openings of their masks to the front, once per session; one mask for each weight.
 
@@ -136,7 +144,7 @@ def number_lines(draft: Draft) -> Draft:
     count = {"w": 0, "m": 0, "": 0}
     for node in draft.plan.nodes:
         prefix = "m" if isinstance(node.op, Mask) else "w" if node.op.session else ""
-        if node.op.declares and not node.op.session:
+        if isinstance(node.op, (Input, Reveal)):
             names[node.name] = node.name
             continue
         names[node.name] = f"{prefix}{count[prefix]}"

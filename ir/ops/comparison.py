@@ -168,9 +168,10 @@ class Select(Subprotocol):
             mask = party.mask("payload r", shape)
             material[f"payload r {i}"] = mask
             shared[f"rho payload r {i}"] = party.share("rho payload r", shape, rho * mask if at_p2 else None)
+        blinding = draw_blinding(party, self.bits, self.n, self.p)
         if at_p2:
             return {"flip": party.ring.bit(r, self.window - 1) ^ rho.reshape(-1).to(torch.uint8)}
-        return material | {k: v for k, v in shared.items() if v is not None} | draw_blinding(party, self.bits, self.n, self.p)
+        return material | {k: v for k, v in shared.items() if v is not None} | blinding
 
     def run(self, party: Party, material: Material, *values: Any) -> Program:
         if party.rank == P2:

@@ -65,6 +65,7 @@ class FixedReLU(Op):
     truncate: int = 0
 
     def infer(self, x: Type) -> Type:
+        expect_kind("secret", x)
         return Trunc(self.truncate).infer(x) if self.truncate else x
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
