@@ -47,12 +47,12 @@ def constant_run(plan: Plan, batch: int, value: int, seed: int) -> tuple[Session
     return session, dealt
 
 
-def field_shapes(plan: Plan, batch: int) -> dict[tuple[int, ...], tuple[int, int]]:
-    """Wire shape of Z_p vectors -> (positions, p)."""
+def field_shapes(plan: Plan, batch: int, *, kind: str) -> dict[tuple[int, ...], tuple[int, int]]:
+    """Wire shape of Z_p vectors -> (positions, p): blinded vectors (kind "s") or dealt bits (kind "bits")."""
     out: dict[tuple[int, ...], tuple[int, int]] = {}
     for requirement in plan.requirements(batch=batch):
         item = requirement.item
-        if item.kind in ("s", "bits"):
+        if item.kind == kind:
             p = int(item.element.name.removeprefix("Z_"))
             out[field.packed_shape(item.shape[0], item.shape[1], p)[0]] = (item.shape[0], p)
     return out
@@ -68,9 +68,10 @@ def test_every_message_of_every_op_is_uniform(sample: Sample) -> None:
     plan, batch = single(sample), 500
     for value in (0, -2 ** (min(t.width for t in sample.args) - 2)):
         session, _ = constant_run(plan, batch, value, seed=11)
-        shapes = field_shapes(plan, batch)
+        by_target = {True: field_shapes(plan, batch, kind="s"), False: field_shapes(plan, batch, kind="bits")}
         links: dict[object, list[Tensor]] = {}
         for (source, target), tensors in session.network.transcript or []:
+            shapes = by_target[target == P2]
             for tensor in tensors:
                 if is_field(tensor) and tuple(tensor.shape) in shapes:
                     positions, p = shapes[tuple(tensor.shape)]
@@ -91,7 +92,7 @@ def test_what_p2_can_combine_is_a_fair_bit_at_a_uniform_place(name: str) -> None
     plan, batch = single(sample), 800
     for value in (0, 5, -(2 ** (sample.args[0].width - 2))):
         session, _ = constant_run(plan, batch, value, seed=5)
-        shapes = field_shapes(plan, batch)
+        shapes = field_shapes(plan, batch, kind="s")
         vectors = {rank: [t for (source, target), tensors in session.network.transcript or [] for t in tensors
                           if (source, target) == (rank, P2) and is_field(t)] for rank in (P0, P1)}
         assert vectors[P0] and len(vectors[P0]) == len(vectors[P1])
