@@ -1,0 +1,37 @@
+# `make demo` and `make test` need nothing but Python 3.11: each creates .venv and installs pinned versions into it.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# MNIST beside the checkout, where it exists; TACIT_DATA from the environment goes first.
+ifneq ($(wildcard ../shared/data/MNIST),)
+TACIT_DATA ?= $(abspath ../shared/data)
+endif
+export TACIT_DATA
+
+# A strict editable install links every file: it is renewed when a file appears or disappears.
+SOURCES := $(sort $(wildcard compiler/*.py ir/*.py ir/ops/*.py passes/*.py runtime/*.py))
+NAMES := $(VENV)/names-$(shell printf '%s' '$(SOURCES)' | cksum | cut -d' ' -f1)
+
+.PHONY: demo test lint clean
+
+demo: $(NAMES)
+	$(BIN)/python examples/demo.py
+
+test: $(NAMES) lint
+	$(BIN)/python -m pytest
+
+lint: $(NAMES)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+$(NAMES): pyproject.toml constraints.txt setup.cfg
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[examples,test,dev]'
+	rm -f $(VENV)/names-*
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
