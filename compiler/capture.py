@@ -28,7 +28,9 @@ def export(model: torch.nn.Module | ExportedProgram, examples: tuple[Tensor, ...
     if isinstance(model, ExportedProgram):
         return model
     if not isinstance(model, torch.nn.Module):
-        raise CompileError(f"expected a torch.nn.Module, a GraphModule or an ExportedProgram, not {type(model).__name__}")
+        raise CompileError(
+            f"expected a torch.nn.Module, a GraphModule or an ExportedProgram, not {type(model).__name__}"
+        )
     training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
     if training:
         raise CompileError(f"the model is in training mode (module '{training[0]}'); call model.eval() first")
@@ -37,10 +39,11 @@ def export(model: torch.nn.Module | ExportedProgram, examples: tuple[Tensor, ...
     dynamic = tuple({0: ExportDim.DYNAMIC} for _ in enough)
     try:
         return torch.export.export(model, enough, dynamic_shapes=dynamic)
-    except Exception as error:   # torch.export raises many unrelated types
+    except Exception as error:  # torch.export raises many unrelated types
         raise CompileError(
-            "torch.export could not capture the model with a batch of any size. Usual causes: control flow that depends on "
-            f"values, or a shape that fixes the batch. It said: {str(error).strip().splitlines()[0] if str(error) else type(error).__name__}"
+            "torch.export could not capture the model with a batch of any size. Usual causes: control flow that "
+            "depends on values, or a shape that fixes the batch. "
+            f"It said: {(str(error) or type(error).__name__).strip().splitlines()[0]}"
         ) from error
 
 
@@ -62,6 +65,10 @@ class Capture(Builder):
 
     def shape(self, name: str) -> tuple[Dim, ...]:
         return self.types[name].shape
+
+    def fixed_shape(self, name: str) -> tuple[int, ...]:
+        """The shape for a batch of one."""
+        return self.types[name].at(1).dims
 
     def is_weight(self, name: str) -> bool:
         return name in self._weight_lines
@@ -91,6 +98,8 @@ class Capture(Builder):
             self._node = node
             if node.op == "placeholder":
                 self._placeholder(node)
+            elif isinstance(node.meta.get("val"), (int, torch.SymInt)):
+                continue  # a size, as in x.view(x.size(0), -1): shapes are read off the results
             elif node.op == "call_function":
                 with self.at(_module_path(node), _source(node)):
                     self._names[node] = self._call(node)
@@ -107,8 +116,9 @@ class Capture(Builder):
         if node.name in signature.user_inputs:
             self._input(node)
             return
-        label = (signature.inputs_to_parameters | signature.inputs_to_buffers
-                 | signature.inputs_to_lifted_tensor_constants).get(node.name)
+        label = (
+            signature.inputs_to_parameters | signature.inputs_to_buffers | signature.inputs_to_lifted_tensor_constants
+        ).get(node.name)
         if label is None:
             self.unsupported(f"the graph input '{node.name}' is neither an input, a parameter nor a buffer")
         value = self.program.state_dict.get(label)
@@ -121,7 +131,9 @@ class Capture(Builder):
             kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
             self.unsupported(f"input '{node.name}' is {kind}; inputs are float32 or float64 tensors")
         if value.dim() < 2 or isinstance(value.shape[0], int):
-            self.unsupported(f"input '{node.name}' has no symbolic batch as its first dimension: export with a dynamic one")
+            self.unsupported(
+                f"input '{node.name}' has no symbolic batch as its first dimension: export with a dynamic one"
+            )
         self._batch = value.shape[0] if self._batch is None else self._batch
         low, high = self._ranges.pop(0)
         declared = Type("real", tuple(self._dim(d) for d in value.shape))
@@ -144,10 +156,13 @@ class Capture(Builder):
             known = ", ".join(sorted({t.split(".")[1] for t in self._layers}))
             self.unsupported(
                 f"'{self.target}' is not supported.\nSupported: {known}.\nTo add it, write one subclass of "
-                "tacit.ir.ops.model.ModelOp with `aten`, `capture`, `reference` and `expand`, and import it before compiling")
+                "tacit.ir.ops.model.ModelOp with `aten`, `capture`, `reference` and `expand`, and import it first"
+            )
         name = layer.capture(self, **self._arguments(node))
         if self.types[name].shape != self.result_shape():
-            self.unsupported(f"its shape came out as {self.types[name].shape}, torch has {tuple(node.meta['val'].shape)}")
+            self.unsupported(
+                f"its shape came out as {self.types[name].shape}, torch has {tuple(node.meta['val'].shape)}"
+            )
         return name
 
     def _arguments(self, node: torch.fx.Node) -> dict[str, Any]:
@@ -186,7 +201,7 @@ class Capture(Builder):
         return name
 
     def _output(self, node: torch.fx.Node) -> str:
-        outputs = node.args[0]
+        outputs: Any = node.args[0]
         if not isinstance(outputs, (list, tuple)) or len(outputs) != 1 or outputs[0] not in self._names:
             self.unsupported("the model has to return exactly one tensor that depends on its input")
         return self._names[outputs[0]]
@@ -202,7 +217,9 @@ class Capture(Builder):
             return result
         argmax = next(n for n in self.nodes if n.name == result)
         classes = self.types[argmax.args[0]].at(1).dims[1]
-        targets = self.declare(Input("targets", 0.0, float(classes - 1)), Type("real", (Batch(),)), name="targets")
+        targets = self.declare(
+            Input("targets", 0.0, float(classes - 1), integers=True), Type("real", (Batch(),)), name="targets"
+        )
         return self.emit(CountCorrect(), result, targets)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
@@ -24,10 +25,17 @@ _PROBES = 16
 _LEAST_REACH = 4.0
 
 
-def compile(model: torch.nn.Module | ExportedProgram, example_inputs: Tensor | Sequence[Tensor], *,
-            reveal: str = "logits", protocol: str = "fused", calibration: Tensor | Sequence[Tensor] | None = None,
-            input_range: Range | Sequence[Range] | None = None, frac_bits: int | None = None,
-            name: str | None = None) -> Secure:
+def compile(
+    model: torch.nn.Module | ExportedProgram,
+    example_inputs: Tensor | Sequence[Tensor],
+    *,
+    reveal: str = "logits",
+    protocol: str = "fused",
+    calibration: Tensor | Sequence[Tensor] | None = None,
+    input_range: Range | Sequence[Range] | None = None,
+    frac_bits: int | None = None,
+    name: str | None = None,
+) -> Secure:
     """Compile a trained model into a protocol plan and the shares-to-be of its weights.
 
     model: a torch.nn.Module in evaluation mode, a torch.fx.GraphModule, or an ExportedProgram with a dynamic batch.
@@ -52,8 +60,14 @@ def compile(model: torch.nn.Module | ExportedProgram, example_inputs: Tensor | S
     program = export(model, examples)
     capture = Capture(program, ranges)
     plan = capture.run(name or _name_of(model), reveal)
-    draft = Draft(plan.with_nodes(plan.nodes, protocol=protocol), capture.weights, _probes(plan, examples, calibration),
-                  interpret, _calibration(plan, calibration), frac_bits)
+    draft = Draft(
+        plan.with_nodes(plan.nodes, protocol=protocol),
+        capture.weights,
+        _probes(plan, examples, calibration),
+        interpret,
+        _calibration(plan, calibration),
+        frac_bits,
+    )
     draft = run_pipeline(draft)
     return Secure(draft.plan, draft.weights, examples[0].dtype)
 
@@ -62,7 +76,9 @@ def _as_tuple(value: Tensor | Sequence[Tensor], what: str) -> tuple[Tensor, ...]
     items = (value,) if isinstance(value, torch.Tensor) else tuple(value)
     for x in items:
         if not isinstance(x, torch.Tensor) or x.dim() < 2 or not x.is_floating_point() or len(x) == 0:
-            raise CompileError(f"{what} has to be a float tensor, or a tuple of them, with the batch as first dimension")
+            raise CompileError(
+                f"{what} has to be a float tensor, or a tuple of them, with the batch as first dimension"
+            )
         if not bool(torch.isfinite(x).all()):
             raise CompileError(f"{what} holds NaN or infinity")
     if not items:
@@ -75,10 +91,10 @@ def _ranges(given: Range | Sequence[Range] | None, examples: Sequence[Tensor]) -
         reach = [max(_LEAST_REACH, 2 * float(x.abs().max())) for x in examples]
         powers = [2.0 ** math.ceil(math.log2(r)) for r in reach]
         return [(-p, p) for p in powers]
-    pairs = [given] * len(examples) if isinstance(given[0], (int, float)) else list(given)
+    pairs: list[Any] = [given] * len(examples) if isinstance(given[0], (int, float)) else list(given)
     out = []
     for pair in pairs:
-        low, high = (float(v) for v in pair)  # type: ignore[union-attr]
+        low, high = (float(v) for v in pair)
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise CompileError(f"input_range has to be finite with low < high, not ({low}, {high})")
         out.append((low, high))
@@ -91,14 +107,14 @@ def _ranges(given: Range | Sequence[Range] | None, examples: Sequence[Tensor]) -
 
 
 def _inputs(plan: Plan) -> list[tuple[str, Input]]:
-    return [(node.name, node.op) for node in plan.find(Input) if isinstance(node.op, Input) and node.op.label != "targets"]
+    return [(node.name, node.op) for node in plan.find(Input) if isinstance(node.op, Input) and not node.op.integers]
 
 
 def _probes(plan: Plan, examples: Sequence[Tensor], calibration: Tensor | Sequence[Tensor] | None) -> dict[str, Tensor]:
     """Inputs on which scales are tried out: calibration data, or the example and values from all over the range."""
     inputs = _inputs(plan)
     if calibration is not None:
-        chosen = [x[:4 * _PROBES].double() for x in _as_tuple(calibration, "calibration")]
+        chosen = [x[: 4 * _PROBES].double() for x in _as_tuple(calibration, "calibration")]
     else:
         generator = torch.Generator().manual_seed(0)
         chosen = []

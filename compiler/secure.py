@@ -65,14 +65,16 @@ class Secure:
 
     def _run(self, inputs: tuple[Tensor, ...], *, trace: bool) -> tuple[Tensor, Trace | None]:
         checked = self._checked(inputs)
-        encoded = {node.op.label: ring.encode(checked[node.op.label], node.type.frac)  # type: ignore[attr-defined]
-                   for node in self.inputs}
+        encoded = {
+            node.op.label: ring.encode(checked[node.op.label], node.type.frac)  # type: ignore[attr-defined]
+            for node in self.inputs
+        }
         session = self.session()
         try:
             dealt = session.deal(len(next(iter(encoded.values()))))
             answer, self.last_run, opened = session.infer(dealt, encoded, trace=trace)
         except BaseException:
-            self._session = None    # a failed session is not used again
+            self._session = None  # a failed session is not used again
             session.close()
             raise
         return answer, opened
@@ -151,15 +153,18 @@ def check_input(node: Node, value: Tensor) -> Tensor:
     if tuple(value.shape) != wanted:
         shape = "x".join(str(d) for d in node.type.shape)
         raise InputError(f"input '{op.label}' has shape {tuple(value.shape)}, the plan takes {shape}, N at least 1")
-    integers = node.type.frac == 0
-    if value.is_floating_point() == integers or value.is_complex() or value.dtype == torch.bool:
-        raise InputError(f"input '{op.label}' is {value.dtype}, the plan takes {'integers' if integers else 'floats'}")
+    if value.is_floating_point() == op.integers or value.is_complex() or value.dtype == torch.bool:
+        raise InputError(
+            f"input '{op.label}' is {value.dtype}, the plan takes {'integers' if op.integers else 'floats'}"
+        )
     if not bool(torch.isfinite(value).all()):
         raise InputError(f"input '{op.label}' holds NaN or infinity")
     outside = int(((value < op.low) | (value > op.high)).sum())
     if outside:
-        raise InputError(f"input '{op.label}': {outside} of {value.numel()} values lie outside the range [{op.low}, {op.high}] "
-                         "for which the plan was compiled; compile with a wider input_range")
+        raise InputError(
+            f"input '{op.label}': {outside} of {value.numel()} values lie outside the range [{op.low}, {op.high}] "
+            "for which the plan was compiled; compile with a wider input_range"
+        )
     return value.detach().cpu()
 
 

@@ -23,7 +23,7 @@ class Digits:
 
 
 def load() -> Digits:
-    """MNIST from $TACIT_DATA, or downloaded by torchvision; scikit-learn's digits, with a line that says so, otherwise."""
+    """MNIST from $TACIT_DATA or torchvision's download; else scikit-learn's digits, with a line that says so."""
     root = os.environ.get("TACIT_DATA")
     if root and (Path(root) / "MNIST" / "raw").is_dir():
         return _mnist(Path(root) / "MNIST" / "raw")
@@ -34,8 +34,10 @@ def load() -> Digits:
             datasets.MNIST(root=str(cache), train=train, download=True)
         return _mnist(cache / "MNIST" / "raw")
     except (OSError, RuntimeError, ImportError) as error:
-        print(f"MNIST is not at hand ($TACIT_DATA is not set, no download: {type(error).__name__}); "
-              "using scikit-learn's handwritten digits, enlarged, instead.")
+        print(
+            f"MNIST is not at hand ($TACIT_DATA is not set, no download: {type(error).__name__}); "
+            "using scikit-learn's handwritten digits, enlarged, instead."
+        )
         return _sklearn()
 
 

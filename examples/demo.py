@@ -1,7 +1,7 @@
 """The article's story, end to end: train, compile, classify the test set encrypted among three parties.
 
 A server trains on its private images; a client has test images. The weights are shared by the owner, the images by the
-client; nobody but the client learns an answer, and in the first part not even a class: only how many of a batch are right.
+client; nobody but the client learns an answer, and in the first part only how many of a batch are right.
 """
 
 import time
@@ -22,7 +22,9 @@ console = Console()
 
 def main() -> None:
     digits = load()
-    console.print(f"[bold]{digits.name}[/]: {len(digits.train_images)} training images, {len(digits.test_images)} test images")
+    console.print(
+        f"[bold]{digits.name}[/]: {len(digits.train_images)} training images, {len(digits.test_images)} test images"
+    )
     for network in (networks.MLP, networks.LeNet):
         classify(network, digits)
 
@@ -68,7 +70,9 @@ def compare_classes(secure: tacit.Secure, model: torch.nn.Module, digits: Digits
     same, right = int((classes == plain).sum()), int((classes == digits.test_labels).sum())
     print(f"Test set: Accuracy: {right}/{count} ({100 * right / count:.2f}%)")
     print(f"Same class as the float model: {same}/{count} ({100 * same / count:.2f}%)")
-    for images in track(digits.test_images[:CHECKED].split(BATCH), "against the oracle", console=console, transient=True):
+    for images in track(
+        digits.test_images[:CHECKED].split(BATCH), "against the oracle", console=console, transient=True
+    ):
         secure.check(images)
     print(f"Bit for bit equal to the clear oracle at every line: {min(CHECKED, count)} images")
     report(secure, count, online, offline, digits)
@@ -77,14 +81,18 @@ def compare_classes(secure: tacit.Secure, model: torch.nn.Module, digits: Digits
 def report(secure: tacit.Secure, count: int, online: float, offline: float, digits: Digits) -> None:
     """Time, bytes and rounds, as measured."""
     cost = secure.plan.cost(batch=BATCH)
-    print(f"Time per image, batch {BATCH}: {1e3 * (online + offline) / count:.2f} ms "
-          f"(offline {1e3 * offline / count:.2f} + online {1e3 * online / count:.2f}), three parties in one process")
+    print(
+        f"Time per image, batch {BATCH}: {1e3 * (online + offline) / count:.2f} ms "
+        f"(offline {1e3 * offline / count:.2f} + online {1e3 * online / count:.2f}), three parties in one process"
+    )
     secure(digits.test_images[:1])
     run = secure.last_run
     assert run is not None
     print(f"Time of one image alone: {1e3 * (run.online_seconds + run.offline_seconds):.1f} ms")
-    print(f"Rounds: {cost.rounds}; bytes per image: {cost.online_bytes // BATCH:,} online, {cost.offline_bytes // BATCH:,} offline; "
-          f"once per session: {cost.session_bytes:,}")
+    print(
+        f"Rounds: {cost.rounds}; bytes per image: {cost.online_bytes // BATCH:,} online, "
+        f"{cost.offline_bytes // BATCH:,} offline; once per session: {cost.session_bytes:,}"
+    )
     console.print()
 
 

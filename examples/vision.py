@@ -6,7 +6,7 @@ import torch
 
 
 def import_torchvision() -> ModuleType:
-    """The torchvision module; where the plain import fails, the operators that it registers fakes for are declared first."""
+    """The torchvision module; where the plain import fails, its missing operators are declared first."""
     try:
         import torchvision
     except RuntimeError:

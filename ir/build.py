@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -148,9 +147,7 @@ class FixedBuilder(Builder):
         return self.emit(Add(), self.aligned(x, frac), self.aligned(y, frac))
 
     def constant(self, value: float, bits: int) -> int:
-        scaled = round(value * 2**bits)
+        scaled: int = round(value * 2**bits)
         if abs(scaled) >= 1 << 62:
             raise CompileError(f"the constant {value} is too large for {bits} fractional bits")
         return scaled
-
-

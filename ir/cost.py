@@ -50,10 +50,10 @@ def in_sequence(costs: Iterable[Cost]) -> Cost:
 
 
 # How a piece of randomness reaches its holders.
-PRF = "prf"          # P0 and P1 derive their shares from keys they have in common with P2: no traffic
-DEALT = "dealt"      # P0's share is derived, P1 receives the correction from P2
-SENT = "sent"        # P2 sends both shares, as SecureNN publishes it
-COMMON = "common"    # P0 and P1 derive the same value from their common key: no traffic, unknown to P2
+PRF = "prf"  # P0 and P1 derive their shares from keys they have in common with P2: no traffic
+DEALT = "dealt"  # P0's share is derived, P1 receives the correction from P2
+SENT = "sent"  # P2 sends both shares, as SecureNN publishes it
+COMMON = "common"  # P0 and P1 derive the same value from their common key: no traffic, unknown to P2
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Element:
     """What a tensor of randomness is made of: name, bytes on the wire for a tensor of that shape."""
 
     name: str
-    per_word: int = 1     # elements packed in one word along the first dimension
+    per_word: int = 1  # elements packed in one word along the first dimension
     word_bytes: int = RING_BYTES
 
     def wire_bytes(self, shape: Shape) -> int:

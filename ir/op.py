@@ -122,7 +122,7 @@ class Op:
         """The interval of the result (fixed level), from the intervals of the operands."""
         raise NotImplementedError
 
-    def parts(self, *args: Type) -> tuple[Subprotocol, ...]:
+    def parts(self, *args: Any) -> tuple[Subprotocol, ...]:
         """The subprotocols that one execution runs, one after the other; none for a local op."""
         return ()
 

@@ -24,8 +24,8 @@ class Node:
     op: Op
     args: tuple[str, ...]
     type: Type
-    path: str = ""                                   # the PyTorch module it comes from
-    source: str = field(default="", compare=False)   # file and line in the user's model; not printed
+    path: str = ""  # the PyTorch module it comes from
+    source: str = field(default="", compare=False)  # file and line in the user's model; not printed
 
 
 @dataclass(frozen=True)
@@ -220,15 +220,24 @@ class Plan:
         rows = []
         for node in self.nodes:
             schedule = self.session_schedule if node.op.session else self.schedule
-            rows.append(NodeCost(node.name, node.op.name, node.path, node.op.session,
-                                 schedule.start[node.name], self._cost(node, batch)))
+            rows.append(
+                NodeCost(
+                    node.name,
+                    node.op.name,
+                    node.path,
+                    node.op.session,
+                    schedule.start[node.name],
+                    self._cost(node, batch),
+                )
+            )
         return PlanCost(batch, self.schedule.rounds, tuple(rows))
 
     def requirements(self, *, batch: int = 1) -> tuple[Requirement, ...]:
         """The randomness that one inference of a batch consumes, in plan order."""
         return tuple(
             Requirement(node.name, item)
-            for node in self.nodes if not node.op.session
+            for node in self.nodes
+            if not node.op.session
             for item in node.op.randomness(*(t.at(batch) for t in self.arg_types(node)))
         )
 

@@ -8,7 +8,7 @@ import torch
 
 from tacit.ir.types import bits_for
 
-_MARGIN = 2.0**-40   # covers the rounding of sums of up to 2^12 terms of 53 bits, many times over
+_MARGIN = 2.0**-40  # covers the rounding of sums of up to 2^12 terms of 53 bits, many times over
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,9 @@ class Interval:
         return Interval(torch.minimum(a, b), torch.maximum(a, b))
 
     def __mul__(self, other: Interval) -> Interval:
-        corners = torch.stack([self.low * other.low, self.low * other.high,
-                               self.high * other.low, self.high * other.high])
+        corners = torch.stack(
+            [self.low * other.low, self.low * other.high, self.high * other.low, self.high * other.high]
+        )
         return Interval(corners.amin(0), corners.amax(0))
 
     def truncated(self, bits: int) -> Interval:

@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import re
 import typing
-from functools import cache
 from typing import Any
 
 from tacit.ir.errors import PlanError, draw
@@ -56,8 +55,9 @@ def parse_plan(text: str) -> Plan:
     if not result:
         raise PlanError(draw(lines, len(lines) - 3, "expected 'return %name'"))
     nodes = tuple(_parse_line(lines, i) for i in range(1, len(lines) - 3))
-    plan = Plan(name, nodes, result.group(1), Level(header["level"]), header["protocol"],
-                header["reveal"], header["ranges"])
+    plan = Plan(
+        name, nodes, result.group(1), Level(header["level"]), header["protocol"], header["reveal"], header["ranges"]
+    )
     _verify_drawn(plan, lines)
     _verify_seal(plan, lines)
     return plan
@@ -72,8 +72,7 @@ def _aligned(plan: Plan) -> list[str]:
     rows = [(f"%{n.name}", str(n.type), _call(n), f"@{n.path}" if n.path else "") for n in plan.nodes]
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(4)]
     return [
-        f"  {a:<{widths[0]}} : {b:<{widths[1]}} = {c:<{widths[2]}}  {d:<{widths[3]}}".rstrip()
-        for a, b, c, d in rows
+        f"  {a:<{widths[0]}} : {b:<{widths[1]}} = {c:<{widths[2]}}  {d:<{widths[3]}}".rstrip() for a, b, c, d in rows
     ]
 
 
@@ -114,7 +113,6 @@ def _value_text(value: Any) -> str:
     return str(value)
 
 
-@cache
 def _field_types(op: type[Op]) -> dict[str, Any]:
     hints = typing.get_type_hints(op)
     return {field.name: hints[field.name] for field in dataclasses.fields(op)}  # type: ignore[arg-type]
@@ -171,8 +169,11 @@ def _parse_operands(text: str, op_type: type[Op]) -> tuple[tuple[str, ...], dict
             attributes[key] = _parse_value(kinds[key], value)
         except ValueError:
             raise PlanError(f"'{value}' is not a value for {key}") from None
-    missing = [f.name for f in dataclasses.fields(op_type)  # type: ignore[arg-type]
-               if f.default is dataclasses.MISSING and f.name not in attributes]
+    missing = [
+        f.name
+        for f in dataclasses.fields(op_type)  # type: ignore[arg-type]
+        if f.default is dataclasses.MISSING and f.name not in attributes
+    ]
     if missing:
         raise PlanError(f"{op_type.name} lacks {', '.join(missing)}")
     return tuple(args), attributes

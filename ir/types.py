@@ -85,8 +85,14 @@ class Type:
         """This type for a batch of that size: every dimension a number."""
         return replace(self, shape=tuple(dim_at(d, batch) for d in self.shape))
 
-    def with_(self, *, shape: tuple[Dim, ...] | None = None, frac: int | None = None,
-              width: int | None = None, kind: str | None = None) -> "Type":
+    def with_(
+        self,
+        *,
+        shape: tuple[Dim, ...] | None = None,
+        frac: int | None = None,
+        width: int | None = None,
+        kind: str | None = None,
+    ) -> "Type":
         """A copy with some fields changed."""
         return Type(
             self.kind if kind is None else kind,

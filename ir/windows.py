@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tacit.ir.errors import PlanError
 
-Span = tuple[int, int]   # half open
+Span = tuple[int, int]  # half open
 
 
 def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int, *, ceil_mode: bool) -> int:
@@ -19,8 +19,9 @@ def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int
     return count
 
 
-def average_spans(size: int, kernel: int, stride: int, padding: int, *, ceil_mode: bool,
-                  count_include_pad: bool) -> tuple[list[Span], list[int]]:
+def average_spans(
+    size: int, kernel: int, stride: int, padding: int, *, ceil_mode: bool, count_include_pad: bool
+) -> tuple[list[Span], list[int]]:
     """The spans of an average pool, clipped to the input, and the length each is divided by."""
     spans, lengths = [], []
     for i in range(output_size(size, kernel, stride, padding, 1, ceil_mode=ceil_mode)):

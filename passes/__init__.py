@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tacit.passes.draft import Draft
-from tacit.passes.lower import (
-    hoist_weight_openings, lower_to_protocol, number_lines, reveal_result, schedule_rounds,
-)
+from tacit.passes.lower import hoist_weight_openings, lower_to_protocol, number_lines, reveal_result, schedule_rounds
 from tacit.passes.quantise import bound_ranges, choose_scale, expand_to_fixed_point, fuse_truncation_into_relu
 from tacit.passes.simplify import (
-    drop_no_ops, drop_softmax_before_argmax, fold_batch_norm, move_max_pool_before_relu, require_supported_outputs,
+    drop_no_ops,
+    drop_softmax_before_argmax,
+    fold_batch_norm,
+    move_max_pool_before_relu,
+    require_supported_outputs,
 )
 
 Pass = Callable[[Draft], Draft]

@@ -25,11 +25,15 @@ class Draft:
 
     plan: Plan
     weights: Values
-    probes: Values                                   # inputs on which scales are tried out
+    probes: Values  # inputs on which scales are tried out
     interpret: Interpret
-    calibration: Values = field(default_factory=dict)   # inputs that tighten the ranges; empty for none
-    frac_bits: int | None = None                     # fractional bits of activations; None: to be chosen
+    calibration: Values = field(default_factory=dict)  # inputs that tighten the ranges; empty for none
+    frac_bits: int | None = None  # fractional bits of activations; None: to be chosen
 
     def with_(self, plan: Plan, weights: Values | None = None, frac_bits: int | None = None) -> Draft:
-        return replace(self, plan=plan, weights=self.weights if weights is None else weights,
-                       frac_bits=self.frac_bits if frac_bits is None else frac_bits)
+        return replace(
+            self,
+            plan=plan,
+            weights=self.weights if weights is None else weights,
+            frac_bits=self.frac_bits if frac_bits is None else frac_bits,
+        )

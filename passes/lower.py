@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
+from itertools import count
 from typing import Any
 
 from tacit.ir.build import Builder
@@ -11,9 +12,7 @@ from tacit.ir.errors import CompileError
 from tacit.ir.op import Level, Op
 from tacit.ir.ops import linear, nonlinear, securenn
 from tacit.ir.ops.comparison import ROOM_BITS
-from tacit.ir.ops.nonlinear import (
-    FixedArgmax, FixedEqual, FixedMaxPool2d, FixedReLU, Trunc,
-)
+from tacit.ir.ops.nonlinear import FixedArgmax, FixedEqual, FixedMaxPool2d, FixedReLU, Trunc
 from tacit.ir.ops.roles import Input, Mask, Reveal
 from tacit.ir.plan import Node
 from tacit.passes.draft import Draft
@@ -53,7 +52,8 @@ def _windowed(target: type[Op], slack: int) -> Lowering:
         attributes = _attributes(node.op)
         dropped = attributes.get("drop", attributes.get("truncate", 0))
         window = max(window, dropped + 1 + ROOM_BITS) if dropped else window
-        return b.emit(target(**attributes, window=window), *args, name=node.name, width=node.type.width)
+        attributes["window"] = window
+        return b.emit(target(**attributes), *args, name=node.name, width=node.type.width)
 
     return lower
 
@@ -113,7 +113,7 @@ def reveal_result(draft: Draft) -> Draft:
     b = Builder(Level.PROTOCOL)
     for node in draft.plan.nodes:
         b.copy(node)
-    return draft.with_(b.plan(draft.plan, b.emit(Reveal(), draft.plan.result, name="y")))
+    return draft.with_(b.plan(draft.plan, b.emit(Reveal(), draft.plan.result)))
 
 
 def hoist_weight_openings(draft: Draft) -> Draft:
@@ -124,8 +124,11 @@ def hoist_weight_openings(draft: Draft) -> Draft:
     plan = draft.plan
     first: dict[tuple[str, ...], str] = {}
     aliases = {n.name: first.setdefault(n.args, n.name) for n in plan.find(Mask)}
-    nodes = [replace(n, args=tuple(aliases.get(a, a) for a in n.args)) for n in plan.nodes
-             if aliases.get(n.name, n.name) == n.name]
+    nodes = [
+        replace(n, args=tuple(aliases.get(a, a) for a in n.args))
+        for n in plan.nodes
+        if aliases.get(n.name, n.name) == n.name
+    ]
     session = [n for n in nodes if n.op.session]
     return draft.with_(plan.with_nodes([*session, *(n for n in nodes if not n.op.session)]))
 
@@ -139,17 +142,22 @@ def schedule_rounds(draft: Draft) -> Draft:
 
 
 def number_lines(draft: Draft) -> Draft:
-    """Give the lines short names in order: %0, %1, ... for values, %w0, %m0 for weights and their masks."""
-    names: dict[str, str] = {}
-    count = {"w": 0, "m": 0, "": 0}
+    """Short names in order: %0, %1, ... for values, %w0, %m0 for weights and masks, %y revealed; inputs keep theirs."""
+    names = {node.name: node.name for node in draft.plan.find(Input)}
     for node in draft.plan.nodes:
-        prefix = "m" if isinstance(node.op, Mask) else "w" if node.op.session else ""
-        if isinstance(node.op, (Input, Reveal)):
-            names[node.name] = node.name
-            continue
-        names[node.name] = f"{prefix}{count[prefix]}"
-        count[prefix] += 1
+        if node.name not in names:
+            names[node.name] = _next_name(_prefix(node.op), set(names.values()))
     nodes = [replace(n, name=names[n.name], args=tuple(names[a] for a in n.args)) for n in draft.plan.nodes]
     return draft.with_(draft.plan.with_nodes(nodes, result=names[draft.plan.result]))
 
 
+def _prefix(op: Op) -> str:
+    if isinstance(op, Reveal):
+        return "y"
+    return "m" if isinstance(op, Mask) else "w" if op.session else ""
+
+
+def _next_name(prefix: str, taken: set[str]) -> str:
+    if prefix == "y" and prefix not in taken:
+        return prefix
+    return next(name for name in (f"{prefix}{i}" for i in count()) if name not in taken)

@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
-
 from tacit.ir.build import FixedBuilder, Label
 from tacit.ir.errors import CompileError
 from tacit.ir.ops.comparison import TRUNCATION_WIDTH
@@ -82,9 +80,7 @@ def _expand(b: FixedBuilder, node: Node, names: Mapping[str, str]) -> str:
     if isinstance(node.op, Weight):
         return Label(node.op.label)
     if isinstance(node.op, Input):
-        integers = node.op.label == "targets"
-        frac = 0 if integers else b.frac
-        declared = Type("secret", node.type.shape, frac)
+        declared = Type("secret", node.type.shape, 0 if node.op.integers else b.frac)
         return b.declare(node.op, declared, name=node.name)
     assert isinstance(node.op, ModelOp)
     return node.op.expand(b, *(names[arg] for arg in node.args))
@@ -144,9 +140,11 @@ def _with_width(node: Node, interval: Interval, types: Mapping[str, Type]) -> No
     if width > _WIDEST:
         scale = 2.0**node.type.frac
         raise CompileError(
-            f"module '{node.path or node.op.name}' ({node.op.name}{', ' + node.source if node.source else ''}): its values "
-            f"may lie anywhere in [{low / scale:.3g}, {high / scale:.3g}], which takes {width} bits at {node.type.frac} "
-            f"fractional bits; {_WIDEST} fit. Give a narrower input_range, calibration data, or fewer frac_bits.")
+            f"module '{node.path or node.op.name}' ({node.op.name}{', ' + node.source if node.source else ''}): "
+            f"its values may lie anywhere in [{low / scale:.3g}, {high / scale:.3g}], which takes {width} bits "
+            f"at {node.type.frac} fractional bits; {_WIDEST} fit. "
+            "Give a narrower input_range, calibration data, or fewer frac_bits."
+        )
     if not node.op.declares:
         width = min(width, node.op.infer(*(types[arg] for arg in node.args)).width)
     return replace(node, type=node.type.with_(width=width))

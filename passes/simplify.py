@@ -93,8 +93,9 @@ def _scale_and_shift(plan: Plan, node: Node, weights: dict[str, Tensor], factor:
     spatial = len(node.type.shape) - 2
     prefix = node.path or node.name
     values = {f"{prefix}.factor": factor, f"{prefix}.shift": shift}
-    scale, offset = (_weight_node(plan, label, value.reshape(-1, *[1] * spatial), weights)
-                     for label, value in values.items())
+    scale, offset = (
+        _weight_node(plan, label, value.reshape(-1, *[1] * spatial), weights) for label, value in values.items()
+    )
     product = replace(node, name=f"{node.name}_scaled", op=Mul(), args=(node.args[0], scale.name))
     total = replace(node, op=Add(), args=(product.name, offset.name))
     return _replaced(plan, {node.name: [scale, offset, product, total]})

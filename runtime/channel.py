@@ -56,7 +56,7 @@ class Network:
         }
         self._failed: str | None = None
         self.meter = Meter()
-        self.transcript: list[tuple[Link, tuple[Tensor, ...]]] | None = None   # tests of leakage record here
+        self.transcript: list[tuple[Link, tuple[Tensor, ...]]] | None = None  # tests of leakage record here
 
     def start_phase(self) -> Meter:
         """A fresh meter for what follows."""

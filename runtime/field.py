@@ -28,14 +28,14 @@ def reduce_draws(draws: Array, bound: int, limit: int, out: Array) -> list[int]:
     b, inverse = np.uint32(bound), np.uint32(65536 // bound)
     for i in range(n):
         a = np.uint32(draws[i])
-        q = np.uint32(np.uint32(a * inverse) >> np.uint32(16))   # the quotient, or one less
+        q = np.uint32(np.uint32(a * inverse) >> np.uint32(16))  # the quotient, or one less
         r = np.uint32(a - np.uint32(q * b))
         out[i] = np.uint8(r - b if r >= b else r)
     rejected = [0 for _ in range(0)]
     if limit < 65536:
         last = np.uint16(limit - 1)
         for begin in range(0, n, _BLOCK):
-            block = draws[begin:min(n, begin + _BLOCK)]
+            block = draws[begin : min(n, begin + _BLOCK)]
             over = np.uint8(0)
             for e in range(block.size):
                 over |= np.uint8(block[e] > last)
@@ -124,8 +124,9 @@ def bit_corrections(r: torch.Tensor, low: int, share0: torch.Tensor, p: int) -> 
 # The loops below touch few arrays each: LLVM vectorises a loop only where it can check that its arrays
 # do not overlap, and gives up beyond a handful of pairs.
 
+
 @njit(nogil=True, cache=True, inline="always")
-def _entries(x: Array, cb: Array, flip: Array, above: Array, one: int, p: int, out: Array) -> None:
+def _entries(x: Array, cb: Array, flip: Array, above: Array, one: np.uint8, p: int, out: Array) -> None:
     """out = d at this position. beta = 0 tests x > c: c - x + 1 + above; beta = 1 tests c > x: x - c + 1 + above."""
     prime = np.uint8(p)
     for e in range(out.size):
@@ -137,7 +138,7 @@ def _entries(x: Array, cb: Array, flip: Array, above: Array, one: int, p: int, o
 
 
 @njit(nogil=True, cache=True, inline="always")
-def _accumulate(x: Array, cb: Array, one: int, p: int, above: Array) -> None:
+def _accumulate(x: Array, cb: Array, one: np.uint8, p: int, above: Array) -> None:
     """above += x xor c."""
     prime = np.uint8(p)
     for e in range(above.size):
@@ -168,11 +169,22 @@ def _turn(here: Array, there: Array, shift: Array, step: int, out: Array) -> Non
 
 
 @njit(nogil=True, cache=True)
-def _blind(c: Array, low: int, share: Array, s: Array, z: Array, beta: Array, shift: Array,
-           rank: int, p: int, factor: int, out: Array) -> None:
+def _blind(
+    c: Array,
+    low: int,
+    share: Array,
+    s: Array,
+    z: Array,
+    beta: Array,
+    shift: Array,
+    rank: int,
+    p: int,
+    factor: int,
+    out: Array,
+) -> None:
     bits, n = share.shape
     positions = bits + 1
-    one = np.uint8(255) if rank == 0 else np.uint8(0)   # a mask: P0 alone adds public constants
+    one = np.uint8(255) if rank == 0 else np.uint8(0)  # a mask: P0 alone adds public constants
     rows = np.empty((2, positions, _BLOCK), np.uint8)
     above, d, cb = np.empty(_BLOCK, np.uint8), np.empty(_BLOCK, np.uint8), np.empty(_BLOCK, np.uint8)
     nothing = np.zeros(_BLOCK, np.uint8)
@@ -182,7 +194,7 @@ def _blind(c: Array, low: int, share: Array, s: Array, z: Array, beta: Array, sh
         word, flip = c[begin:end], beta[begin:end]
         for e in range(m):
             above[e] = np.uint8(0)
-        for i in range(bits, -1, -1):   # row i holds the position of bit i - 1; row 0 the appended one
+        for i in range(bits, -1, -1):  # row i holds the position of bit i - 1; row 0 the appended one
             if i > 0:
                 position = np.uint64(low + i - 1)
                 for e in range(m):
@@ -199,16 +211,30 @@ def _blind(c: Array, low: int, share: Array, s: Array, z: Array, beta: Array, sh
         step, current = 1, 0
         while step < positions:
             for i in range(positions):
-                _turn(rows[current, i, :m], rows[current, (i - step) % positions, :m], shift[begin:end], step,
-                      rows[1 - current, i, :m])
+                _turn(
+                    rows[current, i, :m],
+                    rows[current, (i - step) % positions, :m],
+                    shift[begin:end],
+                    step,
+                    rows[1 - current, i, :m],
+                )
             current = 1 - current
             step *= 2
         for i in range(positions):
             out[i, begin:end] = rows[current, i, :m]
 
 
-def blind(c: torch.Tensor, low: int, share: torch.Tensor, s: torch.Tensor, z: torch.Tensor, beta: torch.Tensor,
-          shift: torch.Tensor, rank: int, p: int) -> torch.Tensor:
+def blind(
+    c: torch.Tensor,
+    low: int,
+    share: torch.Tensor,
+    s: torch.Tensor,
+    z: torch.Tensor,
+    beta: torch.Tensor,
+    shift: torch.Tensor,
+    rank: int,
+    p: int,
+) -> torch.Tensor:
     """PrivateCompare, the side of P0 and P1 (SecureNN, Algorithm 3): what this party sends to P2.
 
     Compares bits low .. low + bits - 1 of the public c with a secret x whose bits are shared in `share`
@@ -219,8 +245,19 @@ def blind(c: torch.Tensor, low: int, share: torch.Tensor, s: torch.Tensor, z: to
     """
     n = share.shape[1]
     out = torch.empty((share.shape[0] + 1, n), dtype=torch.uint8)
-    _blind(c.reshape(-1).numpy().view(np.uint64), low, share.numpy(), s.numpy(), z.numpy(), beta.numpy(),
-           shift.numpy(), rank, p, _barrett(p), out.numpy())
+    _blind(
+        c.reshape(-1).numpy().view(np.uint64),
+        low,
+        share.numpy(),
+        s.numpy(),
+        z.numpy(),
+        beta.numpy(),
+        shift.numpy(),
+        rank,
+        p,
+        _barrett(p),
+        out.numpy(),
+    )
     return out
 
 

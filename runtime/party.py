@@ -11,9 +11,7 @@ from typing import Any
 
 import torch
 
-from tacit.ir.cost import (
-    BIT, COMMON, DEALT, ODD_RING, P0, P1, P2, PRF, RING, SENT, Element, Randomness, prime_field,
-)
+from tacit.ir.cost import BIT, COMMON, DEALT, ODD_RING, P0, P1, P2, PRF, RING, SENT, Element, Randomness, prime_field
 from tacit.ir.op import Material, Program, Received, Round, Spec
 from tacit.ir.plan import Node, Plan, Schedule
 from tacit.ir.types import Shape, Type
@@ -43,10 +41,10 @@ class Party:
     batch_id: int
     args: tuple[Type, ...]
     type: Type
-    operands: tuple[Any, ...] = ()                  # the operands that belong to the session, for dealing
+    operands: tuple[Any, ...] = ()  # the operands that belong to the session, for dealing
     material: list[Material] = dataclasses.field(default_factory=list)
-    value: Tensor | None = None                     # what the role that owns this node brings: input or weight
-    offsets: list[Tensor] | None = None             # where the truncation offsets are recorded, at P0
+    value: Tensor | None = None  # what the role that owns this node brings: input or weight
+    offsets: list[Tensor] | None = None  # where the truncation offsets are recorded, at P0
     inventory: list[Randomness] = dataclasses.field(default_factory=list)
     ring: ModuleType = z64
     field: ModuleType = zp
@@ -76,8 +74,15 @@ class Party:
             return self.prf(P2).ring(shape)
         return self.prf(P0).ring(shape) + self.prf(P1).ring(shape)
 
-    def share(self, kind: str, shape: Shape, value: Tensor | None, *, element: Element = RING,
-              dtype: torch.dtype = torch.int64) -> Tensor | None:
+    def share(
+        self,
+        kind: str,
+        shape: Shape,
+        value: Tensor | None,
+        *,
+        element: Element = RING,
+        dtype: torch.dtype = torch.int64,
+    ) -> Tensor | None:
         """P2 shares a value in Z_2^64 or a smaller Z_2^w: P0 derives its share, P1 is sent the correction."""
         self._note(kind, shape, element, DEALT)
         if self.rank == P1:
@@ -89,12 +94,15 @@ class Party:
         self.channel.send(P1, [(value - share0.to(torch.int64)).to(dtype)])
         return None
 
-    def share_bits(self, r: Tensor | None, low: int, bits: int, n: int, p: int, *, source: str = DEALT) -> Tensor | None:
+    def share_bits(
+        self, r: Tensor | None, low: int, bits: int, n: int, p: int, *, source: str = DEALT
+    ) -> Tensor | None:
         """P2 shares bits low, low + 1, ... of r over Z_p: (bits, n), position-major."""
         self._note("bits", (bits, n), prime_field(p), source)
         spec = Spec(*self.field.packed_shape(bits, n, p))
         if self.rank == P1 or (self.rank == P0 and source == SENT):
-            return self.field.unpack(self.channel.recv(P2, [spec])[0], bits, p)
+            received: Tensor = self.field.unpack(self.channel.recv(P2, [spec])[0], bits, p)
+            return received
         if self.rank == P0:
             return self.prf(P2).below(p, (bits, n))
         assert r is not None
@@ -145,7 +153,7 @@ class Party:
 
     _done: int = 0
 
-    def open(self, *shares: Tensor) -> Program:
+    def open(self, *shares: Any) -> Program:
         """P0 and P1 exchange shares and both learn the sums. P2 only sees the round pass."""
         if self.rank == P2:
             yield Round()

@@ -43,9 +43,9 @@ class Stream:
 
     def fill(self, out: torch.Tensor) -> torch.Tensor:
         """Overwrite a contiguous tensor with random bytes."""
-        view = memoryview(out.view(-1).view(torch.uint8).numpy())
+        view = memoryview(out.view(-1).view(torch.uint8).numpy().data)
         for begin in range(0, len(view), len(_ZEROS)):
-            part = view[begin:begin + len(_ZEROS)]
+            part = view[begin : begin + len(_ZEROS)]
             self._cipher.update_into(_ZEROS[: len(part)] if len(part) < len(_ZEROS) else _ZEROS, part)
         return out
 
@@ -67,7 +67,7 @@ class Stream:
         draws = self.words(out.shape, torch.uint16)
         limit = 65536 - 65536 % bound
         rejected = field.reduce_draws(draws.view(-1).numpy(), bound, limit, out.view(-1).numpy())
-        if rejected:   # at most one draw in 256, drawn again in the same way
+        if rejected:  # at most one draw in 256, drawn again in the same way
             out.view(-1)[torch.tensor(rejected)] = self.below(bound, (len(rejected),))
         return out
 

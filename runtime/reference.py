@@ -67,5 +67,6 @@ def compare(plan: Plan, secure: Values, clear: Values) -> None:
         if bool(wrong.any()):
             where = tuple(int(i) for i in wrong.nonzero()[0])
             raise DivergenceError(
-                f"%{node.name} = {node.op.name} (module '{node.path}'): {int(wrong.sum())} of {wrong.numel()} elements differ "
-                f"between the secure run and the oracle, the first at {where}")
+                f"%{node.name} = {node.op.name} (module '{node.path}'): {int(wrong.sum())} of {wrong.numel()} elements "
+                f"differ between the secure run and the oracle, the first at {where}"
+            )

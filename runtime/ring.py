@@ -19,7 +19,7 @@ from tacit.ir.windows import Span
 
 Array = NDArray[np.generic]
 Tensor = torch.Tensor
-HALF = -(1 << 63)     # 2^63, the weight of the most significant bit, as int64
+HALF = -(1 << 63)  # 2^63, the weight of the most significant bit, as int64
 SMALL_DTYPES = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.int64}
 
 
@@ -56,11 +56,12 @@ def unfold(x: Tensor, kernel: Shape, stride: Shape, padding: Shape, dilation: Sh
         x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
     x = x.contiguous()
     n, c, h, w = x.shape
-    out = [(size - d * (k - 1) - 1) // s + 1
-           for size, k, s, d in zip((h, w), kernel, stride, dilation, strict=True)]
+    out = [(size - d * (k - 1) - 1) // s + 1 for size, k, s, d in zip((h, w), kernel, stride, dilation, strict=True)]
     sn, sc, sh, sw = x.stride()
-    return x.as_strided((n, out[0], out[1], c, kernel[0], kernel[1]),
-                        (sn, sh * stride[0], sw * stride[1], sc, sh * dilation[0], sw * dilation[1]))
+    return x.as_strided(
+        (n, out[0], out[1], c, kernel[0], kernel[1]),
+        (sn, sh * stride[0], sw * stride[1], sc, sh * dilation[0], sw * dilation[1]),
+    )
 
 
 def conv2d(x: Tensor, weight: Tensor, stride: Shape, padding: Shape, dilation: Shape, groups: int) -> Tensor:
@@ -108,23 +109,25 @@ def truncate(c: Tensor, shifted_r: Tensor, msb_r: Tensor, bits: int, *, first: b
 
 
 @njit(nogil=True, cache=True)
-def _select(public: Array, own: Array, masked: Array, gate: Array, rho: Array, flip: Array, e0: Array,
-            first: bool, out: Array) -> None:
+def _select(
+    public: Array, own: Array, masked: Array, gate: Array, rho: Array, flip: Array, e0: Array, first: bool, out: Array
+) -> None:
     zero = np.uint64(0)
     for i in range(out.size):
-        w = zero - np.uint64(flip[i])            # a mask: all ones where the opened bit is 1
-        v_mask = (masked[i] ^ w) - w             # (1 - 2w) [rho m]
-        v_mask += own[i] & w                     # + w [m] = [v m]
+        w = zero - np.uint64(flip[i])  # a mask: all ones where the opened bit is 1
+        v_mask = (masked[i] ^ w) - w  # (1 - 2w) [rho m]
+        v_mask += own[i] & w  # + w [m] = [v m]
         v_bit = (rho[i] ^ w) - w
         if first:
-            v_bit += w & np.uint64(1)            # [v] = w + (1 - 2w) [rho]
-        v_value = public[i] * v_bit - v_mask     # [v (c - m)]
+            v_bit += w & np.uint64(1)  # [v] = w + (1 - 2w) [rho]
+        v_value = public[i] * v_bit - v_mask  # [v (c - m)]
         e = zero - np.uint64(e0[i])
-        out[i] = (gate[i] & e) + ((v_value ^ e) - e)   # e [x] + (1 - 2e) [v x]
+        out[i] = (gate[i] & e) + ((v_value ^ e) - e)  # e [x] + (1 - 2e) [v x]
 
 
-def select(public: Tensor, mask: Tensor, masked: Tensor, value: Tensor, rho: Tensor, flip: Tensor, e: Tensor,
-           *, first: bool) -> Tensor:
+def select(
+    public: Tensor, mask: Tensor, masked: Tensor, value: Tensor, rho: Tensor, flip: Tensor, e: Tensor, *, first: bool
+) -> Tensor:
     """A share of (e xor v) x for x = public - mask, where v = flip xor rho, and `masked` shares rho mask.
 
     `value` is this party's share of x itself. Linear in what was dealt: no message is needed.
@@ -135,17 +138,28 @@ def select(public: Tensor, mask: Tensor, masked: Tensor, value: Tensor, rho: Ten
 
 
 @njit(nogil=True, cache=True)
-def _relu_truncate(c: Array, shifted_r: Array, msb_r: Array, rho: Array, rho_r: Array, rho_msb: Array,
-                   flip: Array, e0: Array, bits: int, first: bool, out: Array) -> None:
+def _relu_truncate(
+    c: Array,
+    shifted_r: Array,
+    msb_r: Array,
+    rho: Array,
+    rho_r: Array,
+    rho_msb: Array,
+    flip: Array,
+    e0: Array,
+    bits: int,
+    first: bool,
+    out: Array,
+) -> None:
     shift, up = np.uint64(bits), np.uint64(64 - bits)
     offset = np.uint64(1) << np.uint64(62 - bits)
     zero = np.uint64(0)
     for i in range(out.size):
         w = zero - np.uint64(flip[i])
-        gate = zero - ((c[i] >> np.uint64(63)) ^ np.uint64(1))     # all ones where msb(c) = 0
+        gate = zero - ((c[i] >> np.uint64(63)) ^ np.uint64(1))  # all ones where msb(c) = 0
         known = (c[i] >> shift) - offset
         m, rho_m = (np.uint64(msb_r[i]) << up) & gate, (np.uint64(rho_msb[i]) << up) & gate
-        mask, masked = shifted_r[i] - m, rho_r[i] - rho_m          # y = known - mask
+        mask, masked = shifted_r[i] - m, rho_r[i] - rho_m  # y = known - mask
         v_mask = ((masked ^ w) - w) + (mask & w)
         v_bit = (rho[i] ^ w) - w
         y = zero - mask
@@ -157,12 +171,34 @@ def _relu_truncate(c: Array, shifted_r: Array, msb_r: Array, rho: Array, rho_r: 
         out[i] = (y & e) + ((v_y ^ e) - e)
 
 
-def relu_truncate(c: Tensor, shifted_r: Tensor, msb_r: Tensor, rho: Tensor, rho_r: Tensor, rho_msb: Tensor,
-                  flip: Tensor, e: Tensor, bits: int, *, first: bool) -> Tensor:
+def relu_truncate(
+    c: Tensor,
+    shifted_r: Tensor,
+    msb_r: Tensor,
+    rho: Tensor,
+    rho_r: Tensor,
+    rho_msb: Tensor,
+    flip: Tensor,
+    e: Tensor,
+    bits: int,
+    *,
+    first: bool,
+) -> Tensor:
     """`truncate` and `select` in one pass: a share of (e xor v) y, y the truncation of x."""
     out = torch.empty_like(shifted_r)
-    _relu_truncate(_u64(c), _u64(shifted_r), msb_r.reshape(-1).numpy(), _u64(rho), _u64(rho_r),
-                   rho_msb.reshape(-1).numpy(), flip.numpy(), e.numpy(), bits, first, _u64(out))
+    _relu_truncate(
+        _u64(c),
+        _u64(shifted_r),
+        msb_r.reshape(-1).numpy(),
+        _u64(rho),
+        _u64(rho_r),
+        rho_msb.reshape(-1).numpy(),
+        flip.numpy(),
+        e.numpy(),
+        bits,
+        first,
+        _u64(out),
+    )
     return out
 
 
@@ -192,11 +228,12 @@ def _u64(value: Tensor) -> Array:
 
 # --- Z_{2^64 - 1}: residues 0 .. 2^64 - 2, held as int64 (SecureNN's odd ring) ---
 
+
 @njit(nogil=True, cache=True)
 def _odd_add(a: Array, b: Array, out: Array) -> None:
     for i in range(out.size):
         total = a[i] + b[i]
-        total += np.uint64(1) if total < a[i] else np.uint64(0)     # 2^64 = 1
+        total += np.uint64(1) if total < a[i] else np.uint64(0)  # 2^64 = 1
         out[i] = np.uint64(0) if total == ~np.uint64(0) else total
 
 

@@ -77,7 +77,7 @@ class Session:
         self._shared: dict[int, Values] = {rank: {} for rank in _EVERYONE}
         self._types: dict[tuple[str, int], tuple[tuple[Type, ...], Type]] = {}
         self._pool = ThreadPoolExecutor(len(PARTIES), thread_name_prefix="party")
-        self._next_batch = 1            # batch 0 is the session's own part
+        self._next_batch = 1  # batch 0 is the session's own part
         self._broken: str | None = None
         self.weight_meter = self._open()
 
@@ -89,13 +89,18 @@ class Session:
         nodes = [n for n in self.plan.nodes if n.op.session]
         material: dict[int, dict[str, list[Material]]] = {rank: {} for rank in _EVERYONE}
         meter = self.network.start_phase()
-        self._together({rank: lambda rank=rank: deal(nodes, self._seat(rank, 0, 1), material[rank]) for rank in PARTIES})
+        self._together({rank: self._dealing(nodes, rank, 0, 1, material[rank]) for rank in PARTIES})
         jobs = {}
         for rank in (*PARTIES, OWNER):
             seat = self._seat(rank, 0, 1, material[rank])
             jobs[rank] = self._job(rank, self.plan.session_schedule, seat, self._shared[rank])
         self._together(jobs)
         return meter
+
+    def _dealing(
+        self, nodes: list[Node], rank: int, batch_id: int, batch: int, material: dict[str, list[Material]]
+    ) -> Callable[[], list[Randomness]]:
+        return lambda: deal(nodes, self._seat(rank, batch_id, batch), material)
 
     def deal(self, batch: int) -> Dealt:
         """Offline: deal exactly what one inference of `batch` elements consumes."""
@@ -105,12 +110,12 @@ class Session:
         nodes = [n for n in self.plan.nodes if not n.op.session]
         material: dict[int, dict[str, list[Material]]] = {rank: {} for rank in _EVERYONE}
         meter, begin = self.network.start_phase(), time.perf_counter()
-        found = self._together({
-            rank: lambda rank=rank: deal(nodes, self._seat(rank, batch_id, batch), material[rank]) for rank in PARTIES
-        })
+        found = self._together({rank: self._dealing(nodes, rank, batch_id, batch, material[rank]) for rank in PARTIES})
         return Dealt(batch_id, batch, material, found, meter, time.perf_counter() - begin)
 
-    def infer(self, dealt: Dealt, inputs: Mapping[str, Tensor], *, trace: bool = False) -> tuple[Tensor, Run, Trace | None]:
+    def infer(
+        self, dealt: Dealt, inputs: Mapping[str, Tensor], *, trace: bool = False
+    ) -> tuple[Tensor, Run, Trace | None]:
         """Online: one inference on ring-encoded inputs (by label); consumes `dealt`."""
         material, dealt.material = dealt.material, {}
         if not material:
@@ -124,8 +129,16 @@ class Session:
             jobs[rank] = self._job(rank, self.plan.schedule, seat, values[rank], keep=trace)
         self._together(jobs)
         seconds = time.perf_counter() - begin
-        run = Run(dealt.batch, meter.rounds, meter.bytes, dealt.meter.bytes, seconds, dealt.seconds,
-                  meter.traffic, dealt.meter.traffic)
+        run = Run(
+            dealt.batch,
+            meter.rounds,
+            meter.bytes,
+            dealt.meter.bytes,
+            seconds,
+            dealt.seconds,
+            meter.traffic,
+            dealt.meter.traffic,
+        )
         answer = values[CLIENT][self.plan.result]
         return answer, run, Trace(self._opened(values), offsets) if trace else None
 
@@ -140,20 +153,36 @@ class Session:
                 out[node.name] = values[CLIENT][node.name]
         return out
 
-    def _job(self, rank: int, schedule: Schedule, seat: Callable[[Node], Party], values: Values, *,
-             keep: bool = True) -> Callable[[], None]:
+    def _job(
+        self, rank: int, schedule: Schedule, seat: Callable[[Node], Party], values: Values, *, keep: bool = True
+    ) -> Callable[[], None]:
         return lambda: execute(self.plan, schedule, self.network.channel(rank), seat, values, keep=keep)
 
-    def _seat(self, rank: int, batch_id: int, batch: int, material: Mapping[str, list[Material]] | None = None,
-              inputs: Mapping[str, Tensor] | None = None, offsets: dict[str, list[Tensor]] | None = None,
-              ) -> Callable[[Node], Party]:
+    def _seat(
+        self,
+        rank: int,
+        batch_id: int,
+        batch: int,
+        material: Mapping[str, list[Material]] | None = None,
+        inputs: Mapping[str, Tensor] | None = None,
+        offsets: dict[str, list[Tensor]] | None = None,
+    ) -> Callable[[Node], Party]:
         channel, keys = self.network.channel(rank), prf.keys_of(rank, self._keys)
         shared = self._shared[rank]
 
         def seat(node: Node) -> Party:
             args, result = self._concrete(node, batch)
-            party = Party(rank, channel, keys, node, self.plan.index[node.name], batch_id, args, result,
-                          operands=tuple(shared.get(arg) for arg in node.args))
+            party = Party(
+                rank,
+                channel,
+                keys,
+                node,
+                self.plan.index[node.name],
+                batch_id,
+                args,
+                result,
+                operands=tuple(shared.get(arg) for arg in node.args),
+            )
             if material is not None:
                 party.material = material.get(node.name, [])
             if isinstance(node.op, Weight) and rank == OWNER:

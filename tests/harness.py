@@ -45,11 +45,8 @@ def single(sample: Sample, level: Level = Level.PROTOCOL, protocol: str = "fused
             names.append(b.declare(Weight(f"w{i}"), declared, name=f"w{i}"))
         else:
             names.append(b.declare(Input(f"x{i}", 0.0, 0.0), declared, name=f"x{i}"))
-    if sample.op.declares:
-        result = names[0]
-    else:
-        result = b.emit(sample.op, *names, name="out")
-    if level is Level.PROTOCOL and sample.op.session:   # something has to be revealed in every plan
+    result = names[0] if sample.op.declares else b.emit(sample.op, *names, name="out")
+    if level is Level.PROTOCOL and sample.op.session:  # something has to be revealed in every plan
         result = b.declare(Input("other", 0.0, 0.0), Type("secret", (Batch(), 2), 0, 8), name="other")
     if level is Level.PROTOCOL and b.types[result].kind == "secret":
         result = b.emit(Reveal(), result, name="y")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from harness import fixed_keys, params, samples, single
 from scipy.stats import chisquare
+
 from tacit.ir.cost import CLIENT, P0, P1, P2, ROLES
 from tacit.ir.errors import ProtocolError
 from tacit.ir.op import Level, Sample
@@ -66,7 +67,7 @@ def is_field(message: Tensor) -> bool:
 def test_every_message_of_every_op_is_uniform(sample: Sample) -> None:
     """Whatever the inputs (here: all zero, or all at an extreme), each link carries uniform bytes or residues."""
     plan, batch = single(sample), 500
-    for value in (0, -2 ** (min(t.width for t in sample.args) - 2)):
+    for value in (0, -(2 ** (min(t.width for t in sample.args) - 2))):
         session, _ = constant_run(plan, batch, value, seed=11)
         by_target = {True: field_shapes(plan, batch, kind="s"), False: field_shapes(plan, batch, kind="bits")}
         links: dict[object, list[Tensor]] = {}
@@ -77,7 +78,9 @@ def test_every_message_of_every_op_is_uniform(sample: Sample) -> None:
                     positions, p = shapes[tuple(tensor.shape)]
                     links.setdefault((source, target, p), []).append(field.unpack(tensor, positions, p).reshape(-1))
                 else:
-                    links.setdefault((source, target, 256), []).append(as_bytes(tensor)[: tensor.nbytes // 8 * 8 or None])
+                    links.setdefault((source, target, 256), []).append(
+                        as_bytes(tensor)[: tensor.nbytes // 8 * 8 or None]
+                    )
         assert links
         for (source, target, bound), parts in links.items():  # type: ignore[misc]
             values = torch.cat(parts)
@@ -93,8 +96,15 @@ def test_what_p2_can_combine_is_a_fair_bit_at_a_uniform_place(name: str) -> None
     for value in (0, 5, -(2 ** (sample.args[0].width - 2))):
         session, _ = constant_run(plan, batch, value, seed=5)
         shapes = field_shapes(plan, batch, kind="s")
-        vectors = {rank: [t for (source, target), tensors in session.network.transcript or [] for t in tensors
-                          if (source, target) == (rank, P2) and is_field(t)] for rank in (P0, P1)}
+        vectors = {
+            rank: [
+                t
+                for (source, target), tensors in session.network.transcript or []
+                for t in tensors
+                if (source, target) == (rank, P2) and is_field(t)
+            ]
+            for rank in (P0, P1)
+        }
         assert vectors[P0] and len(vectors[P0]) == len(vectors[P1])
         for d0, d1 in zip(vectors[P0], vectors[P1], strict=True):
             positions, p = shapes[tuple(d0.shape)]
@@ -125,8 +135,15 @@ ATTACKED = Sample(ReLU(window=WINDOW), (Type("secret", (Batch(),), 0, WINDOW),))
 def recovered(session: Session, dealt: Dealt, material: dict[str, Tensor]) -> list[int]:
     """P2's attack: it dealt both shares of the bits, so s d0 : s d1 tells c wherever s is all that hides d."""
     p, bits = prime_field_of(WINDOW - 1)
-    (d0,), (d1,) = ([t for (source, target), tensors in session.network.transcript or [] for t in tensors
-                     if (source, target) == (rank, P2)] for rank in (P0, P1))
+    (d0,), (d1,) = (
+        [
+            t
+            for (source, target), tensors in session.network.transcript or []
+            for t in tensors
+            if (source, target) == (rank, P2)
+        ]
+        for rank in (P0, P1)
+    )
     v0, v1 = (field.unpack(d, bits + 1, p).long() for d in (d0, d1))
     ones = torch.ones(bits + 1, 1, dtype=torch.uint8)
     candidates = torch.arange(1 << bits)
@@ -137,9 +154,13 @@ def recovered(session: Session, dealt: Dealt, material: dict[str, Tensor]) -> li
             count = len(candidates)
             blank = torch.zeros(bits + 1, count, dtype=torch.uint8)
             flip, still = torch.full((count,), beta, dtype=torch.uint8), torch.zeros(count, dtype=torch.uint8)
-            shares = [material[f"bits{j}"][:, e:e + 1].expand(-1, count).contiguous() for j in (0, 1)]
-            plain = [field.blind(candidates, 0, shares[j], ones.expand(-1, count).contiguous(), blank, flip, still, j, p).long()
-                     for j in (0, 1)]
+            shares = [material[f"bits{j}"][:, e : e + 1].expand(-1, count).contiguous() for j in (0, 1)]
+            plain = [
+                field.blind(
+                    candidates, 0, shares[j], ones.expand(-1, count).contiguous(), blank, flip, still, j, p
+                ).long()
+                for j in (0, 1)
+            ]
             for shift in range(bits + 1):
                 seen0, seen1 = (torch.roll(v[:, e], -shift).unsqueeze(1) for v in (v0, v1))
                 same = ((seen0 * plain[1] - seen1 * plain[0]) % p == 0).all(0)
@@ -162,14 +183,16 @@ def attack(*, refresh: bool) -> tuple[list[int], list[int]]:
     known = {f"bits{j}": parts[j]["bits"].clone() for j in (0, 1)}
     r = (parts[0]["r"] + parts[1]["r"]).clone()
     if not refresh:
-        for part in parts:   # the broken copy: what several published implementations do
+        for part in parts:  # the broken copy: what several published implementations do
             part["z"].zero_()
     session.network.transcript = []
     session.infer(dealt, {"x0": truth})
     session.close()
     low = recovered(session, dealt, known)
     mask = (1 << (WINDOW - 1)) - 1
-    return [c - int(v) & mask if c >= 0 else -1 for c, v in zip(low, r & mask, strict=True)], [int(x) & mask for x in truth]
+    return [c - int(v) & mask if c >= 0 else -1 for c, v in zip(low, r & mask, strict=True)], [
+        int(x) & mask for x in truth
+    ]
 
 
 def test_the_published_attack_breaks_a_copy_without_refresh() -> None:
@@ -183,6 +206,7 @@ def test_the_published_attack_fails_against_ours() -> None:
 
 
 # --- fresh for every position and element; nothing twice ---
+
 
 def relu_material(batch: int = 4000) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     session = Session(single(dict(samples(Level.PROTOCOL))["relu-0"]), {}, keys=fixed_keys(9))
@@ -217,8 +241,12 @@ def test_no_mask_is_used_twice_within_or_across_inferences() -> None:
     masks = []
     for _ in range(3):
         dealt = session.deal(50)
-        masks += [part[key].reshape(-1) for part in dealt.material[P0]["out"] for key in part
-                  if key.endswith("r") or key.startswith("payload r")]
+        masks += [
+            part[key].reshape(-1)
+            for part in dealt.material[P0]["out"]
+            for key in part
+            if key.endswith("r") or key.startswith("payload r")
+        ]
     session.close()
     values = torch.cat(masks)
     assert len(values) > 1000 and len(torch.unique(values)) == len(values)
@@ -248,8 +276,12 @@ def test_batches_and_nodes_draw_from_streams_of_their_own() -> None:
     first, second = session.deal(4), session.deal(4)
     session.close()
     assert first.batch_id != second.batch_id
-    for a, b in itertools.product(*[[v for rank in (P0, P1) for v in d.material[rank]["out"][0].values()
-                                     if v.dtype == torch.int64] for d in (first, second)]):
+    for a, b in itertools.product(
+        *[
+            [v for rank in (P0, P1) for v in d.material[rank]["out"][0].values() if v.dtype == torch.int64]
+            for d in (first, second)
+        ]
+    ):
         assert not torch.equal(a, b)
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from harness import clear_values, operands, params, run_plan, samples, single
+
 from tacit.ir.build import Builder
 from tacit.ir.errors import CompileError, PlanError
 from tacit.ir.op import Level, Op, Sample
@@ -89,8 +90,8 @@ def test_bad_operands_are_rejected(level: Level) -> None:
 @pytest.mark.parametrize(**params(Level.FIXED))
 def test_bounds_hold_for_values_at_the_edges(sample: Sample) -> None:
     plan = single(sample, Level.FIXED)
-    from tacit.ir.ranges import Interval
     from tacit.ir.ops.roles import Input, Weight
+    from tacit.ir.ranges import Interval
     from tacit.runtime.reference import Oracle
 
     weights, inputs = operands(plan, 40)

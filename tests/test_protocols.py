@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
+
 from tacit.ir.cost import P0, P1, P2
 from tacit.ir.ops.comparison import _PRIMES, prime_for
 from tacit.runtime import field, prf, ring
@@ -80,6 +81,7 @@ def test_share_conversion_and_msb_identities_on_a_small_odd_ring() -> None:
 
 # --- kernels ---
 
+
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 19, 27, 28, 29, 40, 63, 64])
 def test_private_compare_is_exact(bits: int) -> None:
     """All pairs for up to five bits, else random ones with equal and neighbouring values among them."""
@@ -148,8 +150,9 @@ def test_truncation_kernel_at_the_edges(values: list[int], bits: int, r: int) ->
     c = x + (1 << 62) + mask
     shifted, msb = ring.shift_right(mask, bits), ring.bit(mask, 63).view(x.shape).long()
     share = stream().ring(x.shape)
-    y = (ring.truncate(c, share, msb, bits, first=True)
-         + ring.truncate(c, shifted - share, torch.zeros_like(msb), bits, first=False))
+    y = ring.truncate(c, share, msb, bits, first=True) + ring.truncate(
+        c, shifted - share, torch.zeros_like(msb), bits, first=False
+    )
     for got, value, opened in zip(y.tolist(), x.tolist(), c.tolist(), strict=True):
         assert got == (value + (1 << bits) - 1 - opened % (1 << bits)) >> bits
 
@@ -159,8 +162,14 @@ def test_truncation_kernel_at_the_edges(values: list[int], bits: int, r: int) ->
 def test_odd_ring_arithmetic(pairs: list[tuple[int, int]]) -> None:
     modulus = 2**64 - 1
     a, b = (torch.tensor([v if v != -1 else 0 for v in column]) for column in zip(*pairs, strict=True))
-    for x, y, total, negative, carry in zip(a.tolist(), b.tolist(), ring.odd_add(a, b).tolist(),
-                                            ring.odd_negate(a).tolist(), ring.carries(a, b).tolist(), strict=True):
+    for x, y, total, negative, carry in zip(
+        a.tolist(),
+        b.tolist(),
+        ring.odd_add(a, b).tolist(),
+        ring.odd_negate(a).tolist(),
+        ring.carries(a, b).tolist(),
+        strict=True,
+    ):
         assert total % 2**64 == (x % 2**64 + y % 2**64) % modulus
         assert negative % 2**64 == -(x % 2**64) % modulus
         assert carry == ((x % 2**64) + (y % 2**64) >= 2**64)
@@ -169,16 +178,23 @@ def test_odd_ring_arithmetic(pairs: list[tuple[int, int]]) -> None:
 def test_integer_convolution_and_pooling_agree_with_torch() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(-1000, 1000, (2, 4, 9, 8), generator=generator)
-    for groups, stride, padding, dilation in [(1, (1, 1), (0, 0), (1, 1)), (2, (2, 1), (1, 2), (1, 2)), (4, (1, 2), (2, 0), (2, 1))]:
+    for groups, stride, padding, dilation in [
+        (1, (1, 1), (0, 0), (1, 1)),
+        (2, (2, 1), (1, 2), (1, 2)),
+        (4, (1, 2), (2, 0), (2, 1)),
+    ]:
         w = torch.randint(-1000, 1000, (8, 4 // groups, 3, 2), generator=generator)
         expected = torch.nn.functional.conv2d(x.double(), w.double(), None, stride, padding, dilation, groups)
         assert torch.equal(ring.conv2d(x, w, stride, padding, dilation, groups), expected.long())
     spans = [(0, 3), (2, 7), (5, 9)]
-    expected = torch.stack([torch.stack([x[:, :, a:b, c:d].sum((2, 3)) for c, d in [(0, 8), (3, 4)]], -1) for a, b in spans], -2)
+    expected = torch.stack(
+        [torch.stack([x[:, :, a:b, c:d].sum((2, 3)) for c, d in [(0, 8), (3, 4)]], -1) for a, b in spans], -2
+    )
     assert torch.equal(ring.window_sums(x, spans, [(0, 8), (3, 4)]), expected)
 
 
 # --- streams ---
+
 
 def test_streams_agree_at_both_ends_and_never_overlap() -> None:
     keys = prf.fresh_keys()

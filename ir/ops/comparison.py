@@ -17,8 +17,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tacit.ir.cost import (
-    BIT, BYTE, COMMON, DEALT, P0, P1, P2, PRF, RING, RING_BYTES, Cost, Randomness, links, packed_bits,
-    prime_field, small_ring,
+    BIT,
+    BYTE,
+    COMMON,
+    DEALT,
+    P0,
+    P1,
+    P2,
+    PRF,
+    RING,
+    RING_BYTES,
+    Cost,
+    Randomness,
+    links,
+    packed_bits,
+    prime_field,
+    small_ring,
 )
 from tacit.ir.op import Material, Program, Round, Spec, Subprotocol, expect
 from tacit.ir.types import RING_BITS, Shape, Type
@@ -54,9 +68,11 @@ class Truncate(Subprotocol):
     bits: int
 
     def randomness(self) -> tuple[Randomness, ...]:
-        return (Randomness("r", self.shape, RING, PRF),
-                Randomness("r shifted", self.shape, RING, DEALT),
-                Randomness("r msb", self.shape, small_ring(self.bits), DEALT))
+        return (
+            Randomness("r", self.shape, RING, PRF),
+            Randomness("r shifted", self.shape, RING, DEALT),
+            Randomness("r msb", self.shape, small_ring(self.bits), DEALT),
+        )
 
     def cost(self) -> Cost:
         size = RING_BYTES * math.prod(self.shape)
@@ -81,8 +97,9 @@ def _share_truncation(party: Party, r: Tensor, shape: Shape, bits: int) -> Mater
     shifted = party.share("r shifted", shape, party.ring.shift_right(r, bits) if at_p2 else None)
     element = small_ring(bits)
     dtype = party.ring.SMALL_DTYPES[element.word_bytes]
-    msb = party.share("r msb", shape, party.ring.bit(r, 63).view(shape).long() if at_p2 else None,
-                      element=element, dtype=dtype)
+    msb = party.share(
+        "r msb", shape, party.ring.bit(r, 63).view(shape).long() if at_p2 else None, element=element, dtype=dtype
+    )
     return {} if shifted is None or msb is None else {"r": r, "r shifted": shifted, "r msb": msb}
 
 
@@ -135,11 +152,18 @@ class Select(Subprotocol):
         if self.relu and self.truncate:
             items.append(Randomness("rho msb", self.shape, small, DEALT))
         for _ in range(self.payloads):
-            items += [Randomness("payload r", self.shape, RING, PRF), Randomness("rho payload r", self.shape, RING, DEALT)]
+            items += [
+                Randomness("payload r", self.shape, RING, PRF),
+                Randomness("rho payload r", self.shape, RING, DEALT),
+            ]
         field = prime_field(p)
-        return (*items, Randomness("s", (self.positions, n), field, COMMON),
-                Randomness("z", (self.positions, n), field, COMMON),
-                Randomness("beta", (n,), BIT, COMMON), Randomness("shift", (n,), BYTE, COMMON))
+        return (
+            *items,
+            Randomness("s", (self.positions, n), field, COMMON),
+            Randomness("z", (self.positions, n), field, COMMON),
+            Randomness("beta", (n,), BIT, COMMON),
+            Randomness("shift", (n,), BYTE, COMMON),
+        )
 
     def cost(self) -> Cost:
         opened = RING_BYTES * self.n * (1 + self.payloads)
@@ -162,8 +186,9 @@ class Select(Subprotocol):
         if self.relu and self.truncate:
             element = small_ring(self.truncate)
             msb = rho * party.ring.bit(r, 63).view(shape) if at_p2 else None
-            shared["rho msb"] = party.share("rho msb", shape, msb, element=element,
-                                            dtype=party.ring.SMALL_DTYPES[element.word_bytes])
+            shared["rho msb"] = party.share(
+                "rho msb", shape, msb, element=element, dtype=party.ring.SMALL_DTYPES[element.word_bytes]
+            )
         for i in range(self.payloads):
             mask = party.mask("payload r", shape)
             material[f"payload r {i}"] = mask
@@ -199,19 +224,41 @@ class Select(Subprotocol):
         yield Round(send={P0: (answer,), P1: (answer,)})
         return (None,) * (self.relu + self.bit + self.payloads)
 
-    def _outputs(self, party: Party, m: Material, x: Tensor, c: Tensor, payloads: list[Tensor],
-                 opened: list[Tensor], flip: Tensor, e: Tensor) -> tuple[Tensor, ...]:
+    def _outputs(
+        self,
+        party: Party,
+        m: Material,
+        x: Tensor,
+        c: Tensor,
+        payloads: list[Tensor],
+        opened: list[Tensor],
+        flip: Tensor,
+        e: Tensor,
+    ) -> tuple[Tensor, ...]:
         ring, first, out = party.ring, party.first, []
         if self.relu and self.truncate:
-            out.append(ring.relu_truncate(c, m["r shifted"], m["r msb"], m["rho"], m["rho r"], m["rho msb"],
-                                          flip, e, self.truncate, first=first))
+            out.append(
+                ring.relu_truncate(
+                    c,
+                    m["r shifted"],
+                    m["r msb"],
+                    m["rho"],
+                    m["rho r"],
+                    m["rho msb"],
+                    flip,
+                    e,
+                    self.truncate,
+                    first=first,
+                )
+            )
         elif self.relu:
             out.append(ring.select(c, m["r"], m["rho r"], x, m["rho"], flip, e, first=first))
         if self.bit:
             out.append(ring.bit_share(m["rho"], flip, e, first=first))
         for i, (value, public) in enumerate(zip(payloads, opened, strict=True)):
-            out.append(ring.select(public, m[f"payload r {i}"], m[f"rho payload r {i}"], value, m["rho"],
-                                   flip, e, first=first))
+            out.append(
+                ring.select(public, m[f"payload r {i}"], m[f"rho payload r {i}"], value, m["rho"], flip, e, first=first)
+            )
         return tuple(out)
 
 
@@ -229,8 +276,9 @@ def draw_blinding(party: Party, bits: int, n: int, p: int) -> Material:
 
 def blind(party: Party, material: Material, c: Tensor, low: int, p: int) -> Tensor:
     """PrivateCompare at P0 or P1: the packed vectors for P2."""
-    entries = party.field.blind(c, low, material["bits"], material["s"], material["z"], material["beta"],
-                                material["shift"], party.rank, p)
+    entries = party.field.blind(
+        c, low, material["bits"], material["s"], material["z"], material["beta"], material["shift"], party.rank, p
+    )
     packed: Tensor = party.field.pack(entries, p)
     return packed
 
@@ -251,4 +299,6 @@ ROOM_BITS = 4
 def check_window(x: Type, window: int, drop: int) -> None:
     """The condition under which a comparison of `window` bits gives the sign."""
     expect(x.width <= window <= RING_BITS, f"a window of {window} bits does not hold {x}")
-    expect(drop == 0 or window - 1 - drop >= ROOM_BITS, f"dropping {drop} of {window} bits leaves too little to compare")
+    expect(
+        drop == 0 or window - 1 - drop >= ROOM_BITS, f"dropping {drop} of {window} bits leaves too little to compare"
+    )

@@ -49,7 +49,9 @@ class Product(Op):
         weight = w.centre
         centre, radius = x.centre[None], x.radius[None]
         size = self.real_product(centre.abs() + radius, weight.abs())
-        return Interval.around(self.real_product(centre, weight)[0], self.real_product(radius, weight.abs())[0], size[0])
+        return Interval.around(
+            self.real_product(centre, weight)[0], self.real_product(radius, weight.abs())[0], size[0]
+        )
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ class FixedLinear(Product):
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
         w = Type("secret", (5, 7), 16, 20)
-        return _samples(cls(), Type("secret", (_N, 7), 12, 16), w) + _samples(cls(), Type("secret", (_N, 3, 7), 12, 16), w)
+        return _samples(cls(), Type("secret", (_N, 7), 12, 16), w) + _samples(
+            cls(), Type("secret", (_N, 3, 7), 12, 16), w
+        )
 
 
 @dataclass(frozen=True)
@@ -91,10 +95,14 @@ class FixedConv2d(Product):
         expect_kind("secret", x, w)
         expect(len(x.shape) == 4 and len(w.shape) == 4, f"expected N x C x H x W and four weight dimensions: {x}, {w}")
         kernel = w.dims
-        expect(x.shape[1] == kernel[1] * self.groups and kernel[0] % self.groups == 0,
-               f"{x} does not fit a weight {w} in {self.groups} groups")
-        out = [output_size(*args, ceil_mode=False) for args in
-               zip(x.at(1).dims[2:], kernel[2:], self.stride, self.padding, self.dilation, strict=True)]
+        expect(
+            x.shape[1] == kernel[1] * self.groups and kernel[0] % self.groups == 0,
+            f"{x} does not fit a weight {w} in {self.groups} groups",
+        )
+        out = [
+            output_size(*args, ceil_mode=False)
+            for args in zip(x.at(1).dims[2:], kernel[2:], self.stride, self.padding, self.dilation, strict=True)
+        ]
         return x.with_(shape=(x.shape[0], kernel[0], *out), frac=x.frac + w.frac, width=RING_BITS)
 
     def product(self, ring: Any, x: Tensor, w: Tensor) -> Tensor:
@@ -107,8 +115,9 @@ class FixedConv2d(Product):
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
         x = Type("secret", (_N, 4, 6, 5), 12, 16)
-        return (_samples(cls(), x, Type("secret", (3, 4, 3, 2), 16, 20))
-                + _samples(cls((2, 1), (1, 2), (2, 1), 2), x, Type("secret", (6, 2, 2, 3), 16, 20)))
+        return _samples(cls(), x, Type("secret", (3, 4, 3, 2), 16, 20)) + _samples(
+            cls((2, 1), (1, 2), (2, 1), 2), x, Type("secret", (6, 2, 2, 3), 16, 20)
+        )
 
 
 @dataclass(frozen=True)
@@ -151,7 +160,7 @@ class Triple(Subprotocol):
 
     def deal(self, party: Party) -> Material:
         a = party.mask("triple a", self.x_shape)
-        known = self.op.product(party.ring, a, party.operands[2])     # A B at P2, A_i F at P0 and P1
+        known = self.op.product(party.ring, a, party.operands[2])  # A B at P2, A_i F at P0 and P1
         ab = party.share("triple ab", self.out_shape, known)
         return {} if ab is None else {"a": a, "ready": known.add_(ab)}
 
@@ -166,7 +175,9 @@ class _Beaver(Product):
 
     levels = frozenset({Level.PROTOCOL})
 
-    def infer(self, x: Type, w: Type, m: Type) -> Type:  # type: ignore[override]
+    def infer(self, *args: Type) -> Type:
+        expect(len(args) == 3, f"{self.name} takes x, w and the mask of w")
+        x, w, m = args
         expect_kind("masked", m)
         expect(m.shape == w.shape and m.frac == w.frac, f"{m} is not a mask of {w}")
         return super().infer(x, w)

@@ -81,7 +81,8 @@ class AddPublic(LocalOp):
         return x.with_(width=_cap(max(x.width, self.value.bit_length() + 1) + 1))
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
-        return args[0] + oracle.ring.wrapped(self.value)
+        value: int = oracle.ring.wrapped(self.value)
+        return args[0] + value
 
     def run(self, party: Party, *args: Any) -> Program:
         return args[0] + party.ring.wrapped(self.value) if party.first else args[0]
@@ -109,7 +110,8 @@ class MulPublic(LocalOp):
         return x.with_(frac=x.frac + self.bits, width=_cap(x.width + abs(self.value).bit_length()))
 
     def compute(self, ring: Any, *shares: Tensor) -> Tensor:
-        return shares[0] * ring.wrapped(self.value)
+        value: int = ring.wrapped(self.value)
+        return shares[0] * value
 
     def bound(self, x: Interval) -> Interval:
         return x.scaled(self.value)
@@ -180,15 +182,18 @@ class _Pool(LocalOp):
     def _compute(self, ring: Any, x: Tensor, bits: int) -> Tensor:
         height, width = x.shape[2:]
         rows, columns, _ = self.rectangles(height, width)
-        return ring.window_sums(x, rows, columns) * self.factors(height, width, bits)
+        sums: Tensor = ring.window_sums(x, rows, columns)
+        return sums * self.factors(height, width, bits)
 
     def _bound(self, x: Interval, bits: int) -> Interval:
-        factors = self.factors(*x.low.shape[1:], bits).double()
-        rows, columns, _ = self.rectangles(*x.low.shape[1:])
+        height, width = x.low.shape[1:]
+        factors = self.factors(height, width, bits).double()
+        rows, columns, _ = self.rectangles(height, width)
 
         def sums(value: Tensor) -> Tensor:
-            return torch.stack([torch.stack([value[:, a:b, c:d].sum((1, 2)) for c, d in columns], -1)
-                                for a, b in rows], -2)
+            return torch.stack(
+                [torch.stack([value[:, a:b, c:d].sum((1, 2)) for c, d in columns], -1) for a, b in rows], -2
+            )
 
         low, high, size = sums(x.low), sums(x.high), sums(torch.maximum(x.low.abs(), x.high.abs()))
         return Interval.around((low + high) / 2 * factors, (high - low) / 2 * factors, size * factors)
@@ -205,7 +210,7 @@ class AvgPool2d(_Pool):
     padding: tuple[int, ...] = (0, 0)
     ceil_mode: bool = False
     count_include_pad: bool = True
-    divisor: int = 0          # 0: the size of the window
+    divisor: int = 0  # 0: the size of the window
     bits: int = 0
 
     def rectangles(self, height: int, width: int) -> tuple[list[Span], list[Span], Tensor]:
@@ -228,8 +233,10 @@ class AvgPool2d(_Pool):
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
         x = Type("secret", (_N, 2, 5, 6), 12, 20)
-        return (Sample(cls((2, 2), (2, 2), bits=2), (x,)),
-                Sample(cls((3, 2), (2, 2), (1, 1), True, False, bits=10), (x,)))
+        return (
+            Sample(cls((2, 2), (2, 2), bits=2), (x,)),
+            Sample(cls((3, 2), (2, 2), (1, 1), True, False, bits=10), (x,)),
+        )
 
 
 @dataclass(frozen=True)
@@ -282,4 +289,3 @@ class SumBatch(LocalOp):
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
         return (Sample(cls(), (Type("secret", (_N,), 0, 2),)),)
-

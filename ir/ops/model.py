@@ -21,7 +21,7 @@ from tacit.ir.ops import local, nonlinear
 from tacit.ir.types import Batch, Dim, Type, broadcast
 
 if TYPE_CHECKING:
-    from tacit.compiler.capture import Capture
+    from tacit.capture import Capture
     from tacit.ir.build import FixedBuilder
 
 Tensor = torch.Tensor
@@ -115,8 +115,8 @@ class Conv2d(ModelOp):
     def capture(cls, graph: Capture, **k: Any) -> str:
         dilation, padding = _pair(k["dilation"]), k["padding"]
         if isinstance(padding, str):
-            kernel = graph.shape(k["weight"])[2:]
-            total = [d * (int(size) - 1) if padding == "same" else 0 for d, size in zip(dilation, kernel, strict=True)]
+            kernel = graph.fixed_shape(k["weight"])[2:]
+            total = [d * (size - 1) if padding == "same" else 0 for d, size in zip(dilation, kernel, strict=True)]
             if any(t % 2 for t in total):
                 graph.unsupported("padding='same' with an even kernel pads unevenly; pad explicitly instead")
             padding = [t // 2 for t in total]
@@ -148,8 +148,10 @@ class BatchNorm(ModelOp):
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str:
         if k["training"]:
-            graph.unsupported("batch norm uses the statistics of the batch; call model.eval() first, with running statistics")
-        channels = graph.shape(k["running_mean"])
+            graph.unsupported(
+                "batch norm uses the statistics of the batch; call model.eval() first, with running statistics"
+            )
+        channels = graph.fixed_shape(k["running_mean"])
         weight = k["weight"] or graph.constant("ones", torch.ones(*channels))
         bias = k["bias"] or graph.constant("zeros", torch.zeros(*channels))
         return graph.emit(cls(k["eps"]), k["input"], weight, bias, k["running_mean"], k["running_var"])
@@ -237,17 +239,29 @@ class AvgPool2d(ModelOp):
     def capture(cls, graph: Capture, **k: Any) -> str:
         kernel = _pair(k["kernel_size"])
         stride = _pair(k["stride"]) if k["stride"] else kernel
-        return graph.emit(cls(kernel, stride, _pair(k["padding"]), k["ceil_mode"], k["count_include_pad"],
-                              k["divisor_override"] or 0), k["self"])
+        return graph.emit(
+            cls(
+                kernel, stride, _pair(k["padding"]), k["ceil_mode"], k["count_include_pad"], k["divisor_override"] or 0
+            ),
+            k["self"],
+        )
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
-        return F.avg_pool2d(args[0], self.kernel, self.stride, self.padding, self.ceil_mode,
-                            self.count_include_pad, self.divisor or None)
+        return F.avg_pool2d(
+            args[0],
+            self.kernel,
+            self.stride,
+            self.padding,
+            self.ceil_mode,
+            self.count_include_pad,
+            self.divisor or None,
+        )
 
     def expand(self, b: FixedBuilder, *args: str) -> str:
         def op(bits: int) -> local.AvgPool2d:
-            return local.AvgPool2d(self.kernel, self.stride, self.padding, self.ceil_mode, self.count_include_pad,
-                                   self.divisor, bits)
+            return local.AvgPool2d(
+                self.kernel, self.stride, self.padding, self.ceil_mode, self.count_include_pad, self.divisor, bits
+            )
 
         return _averaged(b, args[0], op)
 
@@ -267,12 +281,12 @@ class AdaptiveAvgPool2d(ModelOp):
 
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str:
-        size = graph.shape(k["self"])[2:]
-        wanted = [int(s) if w is None else w for s, w in zip(size, k["output_size"], strict=True)]
+        size = graph.fixed_shape(k["self"])[2:]
+        wanted = [s if w is None else w for s, w in zip(size, k["output_size"], strict=True)]
         return graph.emit(cls(tuple(wanted)), k["self"])
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
-        return F.adaptive_avg_pool2d(args[0], self.output)
+        return F.adaptive_avg_pool2d(args[0], list(self.output))  # type: ignore[arg-type]
 
     def expand(self, b: FixedBuilder, *args: str) -> str:
         return _averaged(b, args[0], lambda bits: local.AdaptiveAvgPool2d(self.output, bits))
@@ -294,8 +308,15 @@ class Reshape(ModelOp):
     """flatten, view, reshape, squeeze, unsqueeze: `shape` leaves out the batch."""
 
     name = "model.reshape"
-    aten = ("aten.flatten.using_ints", "aten.view.default", "aten.reshape.default", "aten.unsqueeze.default",
-            "aten.squeeze.dim", "aten.squeeze.dims")
+    aten = (
+        "aten.flatten.using_ints",
+        "aten.view.default",
+        "aten.reshape.default",
+        "aten.unflatten.int",
+        "aten.unsqueeze.default",
+        "aten.squeeze.dim",
+        "aten.squeeze.dims",
+    )
 
     shape: tuple[int, ...]
 
@@ -464,9 +485,17 @@ class NoOp(ModelOp):
     """Dropout in evaluation, and calls that change nothing: dropped by the first pass."""
 
     name = "model.no_op"
-    aten = ("aten.dropout.default", "aten.dropout_.default", "aten.feature_dropout.default", "aten.contiguous.default",
-            "aten.alias.default", "aten.detach.default", "aten.clone.default", "aten.detach_.default",
-            "aten.lift_fresh_copy.default")
+    aten = (
+        "aten.dropout.default",
+        "aten.dropout_.default",
+        "aten.feature_dropout.default",
+        "aten.contiguous.default",
+        "aten.alias.default",
+        "aten.detach.default",
+        "aten.clone.default",
+        "aten.detach_.default",
+        "aten.lift_fresh_copy.default",
+    )
 
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str:
@@ -503,7 +532,8 @@ class Softmax(ModelOp):
     def expand(self, b: FixedBuilder, *args: str) -> str:
         raise CompileError(
             "softmax is supported directly before an argmax, where it changes nothing: compile with reveal='argmax', "
-            "or leave it out of the model and apply it to the revealed logits at the client")
+            "or leave it out of the model and apply it to the revealed logits at the client"
+        )
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:

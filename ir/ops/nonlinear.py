@@ -40,7 +40,8 @@ class Trunc(Op):
         return x.with_(frac=x.frac - self.bits, width=max(min(x.width, TRUNCATION_WIDTH) - self.bits + 1, 3))
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
-        return (args[0] + oracle.offset(args[0], self.bits)) >> self.bits
+        offset: Tensor = oracle.offset(args[0], self.bits)
+        return (args[0] + offset) >> self.bits
 
     def bound(self, x: Interval) -> Interval:
         return x.truncated(self.bits)
@@ -51,8 +52,11 @@ class Trunc(Op):
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
-        return (Sample(cls(16), (Type("secret", (_N, 5), 28, 40),)), Sample(cls(7), (Type("secret", (_N, 9), 12, 63),)),
-                Sample(cls(40), (Type("secret", (_N, 3), 41, 63),)))
+        return (
+            Sample(cls(16), (Type("secret", (_N, 5), 28, 40),)),
+            Sample(cls(7), (Type("secret", (_N, 9), 12, 63),)),
+            Sample(cls(40), (Type("secret", (_N, 3), 41, 63),)),
+        )
 
 
 @dataclass(frozen=True)
@@ -102,8 +106,13 @@ class ReLU(FixedReLU):
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
         x = Type("secret", (_N, 37), 28, 40)
-        return (Sample(cls(16, 40), (x,)), Sample(cls(0, 41), (x,)), Sample(cls(12, 63), (x,)),
-                Sample(cls(), (x.with_(width=64),)), Sample(cls(8, 13), (x.with_(frac=10, width=12),)))
+        return (
+            Sample(cls(16, 40), (x,)),
+            Sample(cls(0, 41), (x,)),
+            Sample(cls(12, 63), (x,)),
+            Sample(cls(), (x.with_(width=64),)),
+            Sample(cls(8, 13), (x.with_(frac=10, width=12),)),
+        )
 
 
 @dataclass(frozen=True)
@@ -123,27 +132,38 @@ class FixedMaxPool2d(Op):
     def infer(self, x: Type) -> Type:
         expect_kind("secret", x)
         expect(len(x.shape) == 4, f"expected N x C x H x W, found {x}")
-        expect(all(2 * p <= k for p, k in zip(self.padding, self.kernel, strict=True)),
-               "the padding is at most half the window")
+        expect(
+            all(2 * p <= k for p, k in zip(self.padding, self.kernel, strict=True)),
+            "the padding is at most half the window",
+        )
         return x.with_(shape=(*x.shape[:2], *self.output(x.at(1).dims)))
 
     def output(self, shape: Shape) -> Shape:
-        return tuple(output_size(*args, ceil_mode=self.ceil_mode) for args in
-                     zip(shape[2:], self.kernel, self.stride, self.padding, self.dilation, strict=True))
+        return tuple(
+            output_size(*args, ceil_mode=self.ceil_mode)
+            for args in zip(shape[2:], self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        )
 
     def slots(self, x: Tensor, lowest: int | float) -> list[Tensor]:
         """The k-th element of every window, for every k, each (N, C, OH, OW); `lowest` fills the padding."""
         out = self.output(tuple(x.shape))
-        need = [(o - 1) * s + d * (k - 1) + 1 for o, s, d, k in
-                zip(out, self.stride, self.dilation, self.kernel, strict=True)]
+        need = [
+            (o - 1) * s + d * (k - 1) + 1
+            for o, s, d, k in zip(out, self.stride, self.dilation, self.kernel, strict=True)
+        ]
         before = self.padding
         after = [max(0, n - size - p) for n, size, p in zip(need, x.shape[2:], before, strict=True)]
         if any(before) or any(after):
             x = F.pad(x, (before[1], after[1], before[0], after[0]), value=lowest)
         return [
-            x[:, :, i * self.dilation[0]:i * self.dilation[0] + (out[0] - 1) * self.stride[0] + 1:self.stride[0],
-              j * self.dilation[1]:j * self.dilation[1] + (out[1] - 1) * self.stride[1] + 1:self.stride[1]]
-            for i in range(self.kernel[0]) for j in range(self.kernel[1])
+            x[
+                :,
+                :,
+                i * self.dilation[0] : i * self.dilation[0] + (out[0] - 1) * self.stride[0] + 1 : self.stride[0],
+                j * self.dilation[1] : j * self.dilation[1] + (out[1] - 1) * self.stride[1] + 1 : self.stride[1],
+            ]
+            for i in range(self.kernel[0])
+            for j in range(self.kernel[1])
         ]
 
     @property
@@ -165,8 +185,11 @@ class FixedMaxPool2d(Op):
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
         x = Type("secret", (_N, 2, 5, 6), 28, 40)
-        return _samples(cls((2, 2), (2, 2)), x) + _samples(cls((3, 3), (2, 2), (1, 1), (1, 1), True, 16), x) + _samples(
-            cls((2, 1), (1, 1), dilation=(2, 1)), x)
+        return (
+            _samples(cls((2, 2), (2, 2)), x)
+            + _samples(cls((3, 3), (2, 2), (1, 1), (1, 1), True, 16), x)
+            + _samples(cls((2, 1), (1, 1), dilation=(2, 1)), x)
+        )
 
 
 def _positive(oracle: Any, x: Tensor, drop: int) -> Tensor:
@@ -180,8 +203,8 @@ def tournament(slots: Sequence[Tensor], best: Any) -> Tensor:
     level = torch.stack(list(slots))
     while len(level) > 1:
         half = len(level) // 2
-        winners = best(level[0:2 * half:2], level[1:2 * half:2])
-        level = torch.cat([winners, level[2 * half:]])
+        winners = best(level[0 : 2 * half : 2], level[1 : 2 * half : 2])
+        level = torch.cat([winners, level[2 * half :]])
     return level[0]
 
 
@@ -225,9 +248,9 @@ class MaxPool2d(FixedMaxPool2d):
         level = torch.stack(self.slots(args[0], self.lowest if party.first else 0))
         while len(level) > 1:
             half = len(level) // 2
-            a, b = level[0:2 * half:2], level[1:2 * half:2]
+            a, b = level[0 : 2 * half : 2], level[1 : 2 * half : 2]
             (gain,) = yield from party.part(a - b)
-            level = torch.cat([b + gain, level[2 * half:]])
+            level = torch.cat([b + gain, level[2 * half :]])
         return level[0]
 
 
@@ -291,8 +314,8 @@ class Argmax(FixedArgmax):
         index = torch.arange(len(value)).reshape(-1, 1) * int(party.first)
         for i, part in enumerate(parts):
             half = part.shape[0]  # type: ignore[attr-defined]
-            a, b = value[0:2 * half:2], value[1:2 * half:2]
-            ia, ib = index[0:2 * half:2], index[1:2 * half:2]
+            a, b = value[0 : 2 * half : 2], value[1 : 2 * half : 2]
+            ia, ib = index[0 : 2 * half : 2], index[1 : 2 * half : 2]
             if i == 0:
                 *gain, bit = yield from party.part(a - b)
                 chosen = torch.arange(1, 2 * half, 2).reshape(-1, 1) * int(party.first) - bit
@@ -300,8 +323,8 @@ class Argmax(FixedArgmax):
             else:
                 *gain, step = yield from party.part(a - b, ia - ib)
                 chosen = ib + step
-            value = torch.cat([b + gain[0], value[2 * half:]]) if gain else value
-            index = torch.cat([chosen, index[2 * half:]])
+            value = torch.cat([b + gain[0], value[2 * half :]]) if gain else value
+            index = torch.cat([chosen, index[2 * half :]])
         return index[0]
 
 

@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tacit.ir.cost import (
-    CLIENT, COMMON, OWNER, P0, P1, P2, PRF, RING, RING_BYTES, ROLES, Cost, Randomness, links,
-)
+from tacit.ir.cost import CLIENT, COMMON, OWNER, P0, P1, P2, PRF, RING, RING_BYTES, ROLES, Cost, Randomness, links
 from tacit.ir.op import Level, Material, Op, Program, Round, Sample, Spec, Subprotocol, expect, expect_kind
 from tacit.ir.ranges import Interval
 from tacit.ir.types import Batch, Shape, Type, bits_for
@@ -46,7 +44,10 @@ class Sharing(Subprotocol):
 
 @dataclass(frozen=True)
 class Input(Op):
-    """What the client brings: real numbers in [low, high], encoded with `frac` fractional bits and shared."""
+    """What the client brings: real numbers in [low, high], encoded with `frac` fractional bits and shared.
+
+    `integers` says that they are whole numbers, such as the targets of a count: the scale is then 0.
+    """
 
     name = "input"
     levels = frozenset(Level)
@@ -57,6 +58,7 @@ class Input(Op):
     low: float
     high: float
     owner: str = "client"
+    integers: bool = False
 
     def infer(self, declared: Type) -> Type:
         if declared.kind == "real":
@@ -134,7 +136,7 @@ class Mask(Op):
     """F = W - B, opened to P0 and P1 once per session; P2 keeps B (Beaver 1991, with a dealer).
 
     One mask serves one weight for the whole session, with fresh masks of the other factor each time.
-    Under the same B a second weight W' would reveal W - W': the verifier allows one mask per weight line.
+    Under the same B a second weight W' would reveal W - W'; so every mask line draws a B of its own.
     """
 
     name = "mask"

@@ -16,9 +16,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tacit.ir.cost import (
-    BIT, COMMON, DEALT, ODD_RING, P0, P1, P2, PRF, RING, RING_BYTES, SENT, BYTE, Cost, Randomness, links, prime_field,
+    BIT,
+    BYTE,
+    COMMON,
+    DEALT,
+    ODD_RING,
+    P0,
+    P1,
+    P2,
+    PRF,
+    RING,
+    RING_BYTES,
+    SENT,
+    Cost,
+    Randomness,
+    links,
+    prime_field,
 )
-from tacit.ir.op import Level, Material, Op, Program, Round, Sample, Spec, Subprotocol, expect
+from tacit.ir.op import Level, Material, Program, Round, Sample, Spec, Subprotocol, expect
 from tacit.ir.ops.comparison import blind, draw_blinding, find_zero, prime_for
 from tacit.ir.ops.linear import FixedConv2d, FixedLinear, FixedMul, Product
 from tacit.ir.ops.nonlinear import FixedArgmax, FixedEqual, FixedMaxPool2d, FixedReLU
@@ -46,8 +61,11 @@ class Multiply(Subprotocol):
     out_shape: Shape
 
     def randomness(self) -> tuple[Randomness, ...]:
-        return (Randomness("triple a", self.x_shape, RING, PRF), Randomness("triple b", self.w_shape, RING, PRF),
-                Randomness("triple ab", self.out_shape, RING, DEALT))
+        return (
+            Randomness("triple a", self.x_shape, RING, PRF),
+            Randomness("triple b", self.w_shape, RING, PRF),
+            Randomness("triple ab", self.out_shape, RING, DEALT),
+        )
 
     def cost(self) -> Cost:
         size = RING_BYTES * (math.prod(self.x_shape) + math.prod(self.w_shape))
@@ -80,14 +98,17 @@ class ShareConvert(Subprotocol):
 
     def randomness(self) -> tuple[Randomness, ...]:
         n = (self.n,)
-        return (Randomness("r", n, RING, COMMON), Randomness("r share", n, RING, COMMON),
-                Randomness("refresh", n, ODD_RING, COMMON), *_blinding(self.n))
+        return (
+            Randomness("r", n, RING, COMMON),
+            Randomness("r share", n, RING, COMMON),
+            Randomness("refresh", n, ODD_RING, COMMON),
+            *_blinding(self.n),
+        )
 
     def cost(self) -> Cost:
         ring, bits = RING_BYTES * self.n, _BITS * self.n
         blinded = (_BITS + 1) * self.n
-        return Cost(4, links(p0_p2=ring + blinded, p1_p2=ring + blinded,
-                             p2_p0=bits + 2 * ring, p2_p1=bits + 2 * ring))
+        return Cost(4, links(p0_p2=ring + blinded, p1_p2=ring + blinded, p2_p0=bits + 2 * ring, p2_p1=bits + 2 * ring))
 
     def deal(self, party: Party) -> Material:
         n = (self.n,)
@@ -152,8 +173,12 @@ def _odd_xor(ring: Any, shared: Tensor, public: Tensor, *, first: bool) -> Tenso
 
 
 def _blinding(n: int) -> tuple[Randomness, ...]:
-    return (Randomness("s", (_BITS + 1, n), _FIELD, COMMON), Randomness("z", (_BITS + 1, n), _FIELD, COMMON),
-            Randomness("beta", (n,), BIT, COMMON), Randomness("shift", (n,), BYTE, COMMON))
+    return (
+        Randomness("s", (_BITS + 1, n), _FIELD, COMMON),
+        Randomness("z", (_BITS + 1, n), _FIELD, COMMON),
+        Randomness("beta", (n,), BIT, COMMON),
+        Randomness("shift", (n,), BYTE, COMMON),
+    )
 
 
 @dataclass(frozen=True)
@@ -168,9 +193,14 @@ class ComputeMSB(Subprotocol):
 
     def randomness(self) -> tuple[Randomness, ...]:
         n = (self.n,)
-        return (Randomness("x", n, ODD_RING, SENT), Randomness("bits", (_BITS, self.n), _FIELD, SENT),
-                Randomness("x lsb", n, RING, SENT), Randomness("refresh", n, RING, COMMON),
-                *_blinding(self.n), *self._product.randomness())
+        return (
+            Randomness("x", n, ODD_RING, SENT),
+            Randomness("bits", (_BITS, self.n), _FIELD, SENT),
+            Randomness("x lsb", n, RING, SENT),
+            Randomness("refresh", n, RING, COMMON),
+            *_blinding(self.n),
+            *self._product.randomness(),
+        )
 
     def cost(self) -> Cost:
         ring, blinded = RING_BYTES * self.n, (_BITS + 1) * self.n
@@ -277,8 +307,14 @@ class TextbookConv2d(FixedConv2d):
     def parts(self, x: Type, w: Type) -> tuple[Subprotocol, ...]:
         n, o, oh, ow = self.infer(x, w).dims
         rows, inner = n * oh * ow, math.prod(w.dims[1:])
-        return (Multiply(_Unfolded(), (self.groups, rows, inner), (self.groups, o // self.groups, inner),
-                         (self.groups, rows, o // self.groups)),)
+        return (
+            Multiply(
+                _Unfolded(),
+                (self.groups, rows, inner),
+                (self.groups, o // self.groups, inner),
+                (self.groups, rows, o // self.groups),
+            ),
+        )
 
     def run(self, party: Party, *args: Any) -> Program:
         if party.rank == P2:
@@ -343,7 +379,7 @@ class _MaxOfTwo(Subprotocol):
             return (yield from self._product.run(party, material))
         bit, value, index = values
         both = yield from self._product.run(party, material, torch.cat([value, index]), torch.cat([bit, bit]))
-        return both[: self.n], both[self.n:]
+        return both[: self.n], both[self.n :]
 
 
 def _chain_parts(slots: int, n: int) -> tuple[Subprotocol, ...]:
@@ -441,5 +477,3 @@ class TextbookEqual(FixedEqual):
 
 def _check_width(x: Type) -> None:
     expect(x.width <= _MAX_WIDTH, f"{x} is too wide: the textbook comparison doubles it, at most b{_MAX_WIDTH}")
-
-
