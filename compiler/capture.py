@@ -108,7 +108,7 @@ class Capture(Builder):
             else:
                 self.unsupported(f"the graph holds a '{node.op}' node")
         result = self._revealed(result, reveal)
-        plan = Plan(name, tuple(self.nodes), result, Level.MODEL, reveal=reveal)
+        plan = Plan(name, tuple(self.nodes), result, Level.MODEL, reveal=reveal, ranges="none")
         return plan.verify()
 
     def _placeholder(self, node: torch.fx.Node) -> None:

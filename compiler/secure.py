@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from tacit.ir.errors import InputError, WeightsError
+from tacit.ir.errors import InputError, PlanError, WeightsError
 from tacit.ir.ops.roles import Input, Weight
 from tacit.ir.plan import Node, Plan
 from tacit.runtime import ring
@@ -21,6 +21,7 @@ from tacit.runtime.session import Run, Session, Trace
 
 Tensor = torch.Tensor
 PLAN_FILE, WEIGHTS_FILE = "plan.txt", "weights.safetensors"
+_DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64)}
 
 
 class Secure:
@@ -120,10 +121,18 @@ class Secure:
         _write_private(target / WEIGHTS_FILE, content)
 
 
+def read_plan(path: Path) -> Plan:
+    """The plan in a file; raises PlanError."""
+    try:
+        return Plan.parse(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise PlanError(f"{path.name} is not a plan: it is not even text") from None
+
+
 def load(folder: str | os.PathLike[str]) -> Secure:
     """What `Secure.save` wrote; raises PlanError or WeightsError where a file was changed or does not belong."""
     source = Path(folder)
-    plan = Plan.parse((source / PLAN_FILE).read_text())
+    plan = read_plan(source / PLAN_FILE)
     path = source / WEIGHTS_FILE
     try:
         weights = load_tensors(path.read_bytes())
@@ -140,7 +149,10 @@ def load(folder: str | os.PathLike[str]) -> Secure:
     if expected != found:
         names = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
         raise WeightsError(f"{path.name} does not hold the weights of the plan: {', '.join(names)}")
-    return Secure(plan, weights, getattr(torch, metadata.get("dtype", "torch.float32").removeprefix("torch.")))
+    dtype = _DTYPES.get(metadata.get("dtype", ""))
+    if dtype is None:
+        raise WeightsError(f"{path.name} names no type for the answer: {' or '.join(_DTYPES)}")
+    return Secure(plan, weights, dtype)
 
 
 def check_input(node: Node, value: Tensor) -> Tensor:

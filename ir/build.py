@@ -15,6 +15,10 @@ from tacit.ir.types import Type
 Tensor = torch.Tensor
 
 
+# A factor may carry so many fractional bits too many: the widest products still fit the ring easily.
+_TOLERATED_EXCESS = 6
+
+
 class Label(str):
     """The name of a weight, as distinct from the name of a line."""
 
@@ -122,6 +126,10 @@ class FixedBuilder(Builder):
         excess = self.types[x].frac - self.frac
         return self.emit(Trunc(excess), x) if excess > 0 else x
 
+    def as_factor(self, x: str) -> str:
+        """x as an operand of a product: a few bits above the scale are left to the next truncation, at no cost."""
+        return self.at_scale(x) if self.types[x].frac - self.frac > _TOLERATED_EXCESS else x
+
     def aligned(self, x: str, frac: int) -> str:
         """x with exactly that many fractional bits, by a shift to the left: no message."""
         from tacit.ir.ops.local import MulPublic
@@ -131,7 +139,7 @@ class FixedBuilder(Builder):
 
     def product(self, op: Op, x: str, label: str, bias: str | None, bias_shape: tuple[int, ...]) -> str:
         """op(x, weight) + bias, the bias at the scale of the product: no message, no truncation."""
-        out = self.emit(op, self.at_scale(x), self.weight(label, self.weight_frac))
+        out = self.emit(op, self.as_factor(x), self.weight(label, self.weight_frac))
         return out if bias is None else self.plus_weight(out, bias, bias_shape)
 
     def plus_weight(self, x: str, label: str, shape: tuple[int, ...]) -> str:

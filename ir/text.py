@@ -187,6 +187,8 @@ def _verify_drawn(plan: Plan, lines: list[str]) -> None:
             part._verify_node(plan.nodes[count - 1], {n.name: n.type for n in plan.nodes[: count - 1]})
         except PlanError as error:
             raise PlanError(draw(lines, count, str(error))) from None
+    if plan.result not in plan.by_name:
+        raise PlanError(draw(lines, len(lines) - 3, f"%{plan.result} is not defined"))
     plan.verify()
 
 

@@ -300,7 +300,7 @@ def _averaged(b: FixedBuilder, x: str, op: Any) -> str:
     """The pool with its divisor in the scale: exactly for powers of two, else to the weights' precision."""
     height, width = b.types[x].at(1).dims[2:]
     bits = op(0).scale_bits(height, width, b.weight_frac)
-    return b.emit(op(bits), x if bits < b.weight_frac else b.at_scale(x))
+    return b.emit(op(bits), x if bits < b.weight_frac else b.as_factor(x))
 
 
 @dataclass(frozen=True)
@@ -417,7 +417,7 @@ class Mul(ModelOp):
     def expand(self, b: FixedBuilder, *args: str) -> str:
         shape = tuple(b.real(args[1]).shape) or (1,)
         w = b.weight(args[1], b.weight_frac, shape)
-        return b.emit(fixed_linear.FixedMul(), b.at_scale(args[0]), w)
+        return b.emit(fixed_linear.FixedMul(), b.as_factor(args[0]), w)
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
@@ -473,7 +473,7 @@ class MulScalar(ModelOp):
     def expand(self, b: FixedBuilder, *args: str) -> str:
         if self.value == int(self.value):
             return b.emit(local.MulPublic(b.constant(self.value, 0)), args[0])
-        return b.emit(local.MulPublic(b.constant(self.value, b.weight_frac), b.weight_frac), b.at_scale(args[0]))
+        return b.emit(local.MulPublic(b.constant(self.value, b.weight_frac), b.weight_frac), b.as_factor(args[0]))
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
