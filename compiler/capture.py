@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -12,7 +13,7 @@ from torch.export import ExportedProgram
 
 from tacit.ir.build import Builder
 from tacit.ir.errors import CompileError, draw
-from tacit.ir.op import Level
+from tacit.ir.op import Level, Op
 from tacit.ir.ops.model import Argmax, CountCorrect, layers
 from tacit.ir.ops.roles import Input, Weight
 from tacit.ir.plan import Plan
@@ -57,7 +58,7 @@ class Capture(Builder):
         self.target = ""
         self._names: dict[torch.fx.Node, str] = {}
         self._pending: dict[torch.fx.Node, tuple[str, Tensor]] = {}
-        self._weight_lines: set[str] = set()
+        self._labels: dict[str, str] = {}  # the label of each line that holds a weight
         self._node: torch.fx.Node | None = None
         self._batch: Any = None
         self._ranges = list(ranges)
@@ -70,8 +71,21 @@ class Capture(Builder):
         """The shape for a batch of one."""
         return self.types[name].at(1).dims
 
+    def scalar(self, value: complex) -> float:
+        """A number of the model's own text, which has to be real and finite."""
+        if isinstance(value, complex) or not math.isfinite(value):
+            self.unsupported(f"the scalar {value} is not finite and real (a division by zero gives inf)")
+        return float(value)
+
+    def emit(self, op: Op, *args: str, name: str = "", width: int | None = None) -> str:
+        """As every builder; an op on constants alone is computed here and becomes a constant."""
+        if args and all(self.is_weight(arg) for arg in args):
+            operands = [self.weights[self._labels[arg]] for arg in args]
+            return self.constant(f"folded{len(self.weights)}", op.reference(None, *operands))
+        return super().emit(op, *args, name=name, width=width)
+
     def is_weight(self, name: str) -> bool:
-        return name in self._weight_lines
+        return name in self._labels
 
     def constant(self, label: str, value: Tensor) -> str:
         """A weight that the model leaves implicit, such as the unit scale of a batch norm without one."""
@@ -107,6 +121,8 @@ class Capture(Builder):
                 result = self._output(node)
             else:
                 self.unsupported(f"the graph holds a '{node.op}' node")
+        if self._ranges:
+            raise CompileError(f"there are {len(self._ranges)} examples more than the model has inputs")
         result = self._revealed(result, reveal)
         plan = Plan(name, tuple(self.nodes), result, Level.MODEL, reveal=reveal, ranges="none")
         return plan.verify()
@@ -135,6 +151,8 @@ class Capture(Builder):
                 f"input '{node.name}' has no symbolic batch as its first dimension: export with a dynamic one"
             )
         self._batch = value.shape[0] if self._batch is None else self._batch
+        if not self._ranges:
+            raise CompileError("the model takes more inputs than there are examples")
         low, high = self._ranges.pop(0)
         declared = Type("real", tuple(self._dim(d) for d in value.shape))
         self._names[node] = self.declare(Input(node.name, low, high), declared, name=node.name)
@@ -159,7 +177,7 @@ class Capture(Builder):
                 "tacit.ir.ops.model.ModelOp with `aten`, `capture`, `reference` and `expand`, and import it first"
             )
         name = layer.capture(self, **self._arguments(node))
-        if self.types[name].shape != self.result_shape():
+        if not self.is_weight(name) and self.types[name].shape != self.result_shape():
             self.unsupported(
                 f"its shape came out as {self.types[name].shape}, torch has {tuple(node.meta['val'].shape)}"
             )
@@ -197,12 +215,14 @@ class Capture(Builder):
         value = value.reshape(1) if value.dim() == 0 else value
         self.weights[label] = value
         name = self.declare(Weight(label), Type("real", tuple(value.shape)), name=self.fresh("w"))
-        self._weight_lines.add(name)
+        self._labels[name] = label
         return name
 
     def _output(self, node: torch.fx.Node) -> str:
         outputs: Any = node.args[0]
         if not isinstance(outputs, (list, tuple)) or len(outputs) != 1 or outputs[0] not in self._names:
+            self.unsupported("the model has to return exactly one tensor that depends on its input")
+        if self.is_weight(self._names[outputs[0]]):
             self.unsupported("the model has to return exactly one tensor that depends on its input")
         return self._names[outputs[0]]
 
@@ -217,16 +237,19 @@ class Capture(Builder):
             return result
         argmax = next(n for n in self.nodes if n.name == result)
         classes = self.types[argmax.args[0]].at(1).dims[1]
-        targets = self.declare(
-            Input("targets", 0.0, float(classes - 1), integers=True), Type("real", (Batch(),)), name="targets"
-        )
+        label = "targets"
+        while label in self.types:
+            label += "_"
+        op = Input(label, 0.0, float(classes - 1), integers=True)
+        targets = self.declare(op, Type("real", (Batch(),)), name=label)
         return self.emit(CountCorrect(), result, targets)
 
 
 def _module_path(node: torch.fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     path = str(next(reversed(stack.values()))[0]) if stack else ""
-    return path if all(c.isalnum() or c in "._" for c in path) else ""
+    made_up = "_empty_nn_module_stack" in path or not all(c.isalnum() or c in "._" for c in path)
+    return "" if made_up else path
 
 
 def _source(node: torch.fx.Node) -> str:

@@ -455,10 +455,11 @@ def run(
 def _read_array(path: Path) -> Tensor:
     """A plain .npy array as a tensor; nothing in the file is ever executed."""
     try:
-        array = np.load(path, allow_pickle=False)
+        with path.open("rb") as file:
+            array = np.load(file, allow_pickle=False)
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
             raise ValueError
-    except (ValueError, EOFError):
+    except (ValueError, EOFError, MemoryError):
         raise _Failure(f"{path} is not a .npy file with an array of numbers") from None
     native = array.astype(np.int64) if array.dtype.kind in "iu" else array.astype(array.dtype.newbyteorder("="))
     return torch.from_numpy(np.ascontiguousarray(native).reshape(array.shape))

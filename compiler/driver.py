@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from tacit.ir.ops.roles import Input
 from tacit.ir.plan import Plan
 from tacit.passes import Draft, run_pipeline
 from tacit.passes.lower import SUITES
+from tacit.passes.quantise import MOST_FRAC_BITS
 from tacit.runtime.reference import interpret
 from tacit.secure import Secure, check_input
 
@@ -22,7 +24,7 @@ Tensor = torch.Tensor
 REVEALS = ("logits", "argmax", "correct")
 _PROBES = 16
 # Without a declared range, inputs may reach this far at least.
-_LEAST_REACH = 4.0
+_LEAST_REACH, _MOST_REACH = 4.0, 2.0**40
 
 
 def compile(
@@ -55,11 +57,19 @@ def compile(
         raise CompileError(f"reveal has to be one of {', '.join(REVEALS)}, not {reveal!r}")
     if protocol not in SUITES:
         raise CompileError(f"protocol has to be one of {', '.join(SUITES)}, not {protocol!r}")
+    if frac_bits is not None and (type(frac_bits) is not int or not 1 <= frac_bits <= MOST_FRAC_BITS):
+        raise CompileError(f"frac_bits has to be an integer from 1 to {MOST_FRAC_BITS}, not {frac_bits!r}")
+    if name is not None and not re.fullmatch(r"[\w.]+", name):
+        raise CompileError(f"the name of a plan consists of letters, digits, '_' and '.', not {name!r}")
     examples = _as_tuple(example_inputs, "example_inputs")
     ranges = _ranges(input_range, examples)
     program = export(model, examples)
     capture = Capture(program, ranges)
     plan = capture.run(name or _name_of(model), reveal)
+    _require_fit(plan, examples, "example_inputs")
+    if calibration is not None:
+        calibration = _as_tuple(calibration, "calibration")
+        _require_fit(plan, calibration, "calibration")
     draft = Draft(
         plan.with_nodes(plan.nodes, protocol=protocol),
         capture.weights,
@@ -73,7 +83,7 @@ def compile(
 
 
 def _as_tuple(value: Tensor | Sequence[Tensor], what: str) -> tuple[Tensor, ...]:
-    items = (value,) if isinstance(value, torch.Tensor) else tuple(value)
+    items = (value,) if isinstance(value, torch.Tensor) else tuple(value) if isinstance(value, Sequence) else (value,)
     for x in items:
         if not isinstance(x, torch.Tensor) or x.dim() < 2 or not x.is_floating_point() or len(x) == 0:
             raise CompileError(
@@ -81,9 +91,9 @@ def _as_tuple(value: Tensor | Sequence[Tensor], what: str) -> tuple[Tensor, ...]
             )
         if not bool(torch.isfinite(x).all()):
             raise CompileError(f"{what} holds NaN or infinity")
-    if not items:
-        raise CompileError(f"{what} is empty")
-    return items
+    if not items or len({len(x) for x in items}) != 1:
+        raise CompileError(f"{what} is empty, or its tensors differ in batch size")
+    return tuple(x.detach() for x in items)
 
 
 def _ranges(given: Range | Sequence[Range] | None, examples: Sequence[Tensor]) -> list[Range]:
@@ -91,13 +101,17 @@ def _ranges(given: Range | Sequence[Range] | None, examples: Sequence[Tensor]) -
         reach = [max(_LEAST_REACH, 2 * float(x.abs().max())) for x in examples]
         powers = [2.0 ** math.ceil(math.log2(r)) for r in reach]
         return [(-p, p) for p in powers]
-    pairs: list[Any] = [given] * len(examples) if isinstance(given[0], (int, float)) else list(given)
-    out = []
-    for pair in pairs:
-        low, high = (float(v) for v in pair)
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise CompileError(f"input_range has to be finite with low < high, not ({low}, {high})")
-        out.append((low, high))
+    try:
+        listed: list[Any] = list(given)
+        pairs = [listed] * len(examples) if isinstance(listed[0], (int, float)) else listed
+        out = [(float(low), float(high)) for low, high in pairs]
+    except (TypeError, ValueError, IndexError):
+        raise CompileError(
+            f"input_range has to be (low, high), or one such pair for each input, not {given!r}"
+        ) from None
+    for low, high in out:
+        if not (math.isfinite(low) and math.isfinite(high) and low < high and max(-low, high) <= _MOST_REACH):
+            raise CompileError(f"input_range has to be finite, below 2^40, with low < high, not ({low}, {high})")
     if len(out) != len(examples):
         raise CompileError(f"{len(out)} input ranges for {len(examples)} inputs")
     for (low, high), x in zip(out, examples, strict=True):
@@ -106,33 +120,45 @@ def _ranges(given: Range | Sequence[Range] | None, examples: Sequence[Tensor]) -
     return out
 
 
+def _require_fit(plan: Plan, values: Sequence[Tensor], what: str) -> None:
+    if len(values) != len(_inputs(plan)):
+        raise CompileError(f"{what} holds {len(values)} tensors, the model takes {len(_inputs(plan))} inputs")
+    for (name, _), x in zip(_inputs(plan), values, strict=True):
+        declared = plan.node(name).type
+        if tuple(x.shape) != declared.at(len(x)).dims:
+            raise CompileError(f"{what} has shape {tuple(x.shape)} where the model takes {declared}")
+
+
 def _inputs(plan: Plan) -> list[tuple[str, Input]]:
     return [(node.name, node.op) for node in plan.find(Input) if isinstance(node.op, Input) and not node.op.integers]
 
 
-def _probes(plan: Plan, examples: Sequence[Tensor], calibration: Tensor | Sequence[Tensor] | None) -> dict[str, Tensor]:
+def _probes(plan: Plan, examples: Sequence[Tensor], calibration: Sequence[Tensor] | None) -> dict[str, Tensor]:
     """Inputs on which scales are tried out: calibration data, or the example and values from all over the range."""
     inputs = _inputs(plan)
     if calibration is not None:
-        chosen = [x[: 4 * _PROBES].double() for x in _as_tuple(calibration, "calibration")]
-    else:
-        generator = torch.Generator().manual_seed(0)
-        chosen = []
-        for (_, op), x in zip(inputs, examples, strict=True):
-            spread = torch.rand((_PROBES, *x.shape[1:]), generator=generator, dtype=torch.float64)
-            chosen.append(torch.cat([x[:_PROBES].double(), op.low + spread * (op.high - op.low)]))
-    probes = {op.label: x for (_, op), x in zip(inputs, chosen, strict=True)}
-    return probes | {"targets": torch.zeros(len(chosen[0]), dtype=torch.float64)}
+        return _with_targets(plan, {op.label: x[: 4 * _PROBES] for (_, op), x in zip(inputs, calibration, strict=True)})
+    generator = torch.Generator().manual_seed(0)
+    chosen = {}
+    for (_, op), x in zip(inputs, examples, strict=True):
+        spread = torch.rand((_PROBES, *x.shape[1:]), generator=generator, dtype=torch.float64)
+        chosen[op.label] = torch.cat([x[:_PROBES].double(), op.low + spread * (op.high - op.low)])
+    return _with_targets(plan, chosen)
 
 
-def _calibration(plan: Plan, given: Tensor | Sequence[Tensor] | None) -> dict[str, Tensor]:
+def _calibration(plan: Plan, given: Sequence[Tensor] | None) -> dict[str, Tensor]:
     if given is None:
         return {}
-    items = _as_tuple(given, "calibration")
-    if len(items) != len(_inputs(plan)):
-        raise CompileError(f"{len(items)} calibration tensors for {len(_inputs(plan))} inputs")
-    checked = {op.label: check_input(plan.node(name), x) for (name, op), x in zip(_inputs(plan), items, strict=True)}
-    return checked | {"targets": torch.zeros(len(items[0]), dtype=torch.float64)}
+    return _with_targets(
+        plan, {op.label: check_input(plan.node(name), x) for (name, op), x in zip(_inputs(plan), given, strict=True)}
+    )
+
+
+def _with_targets(plan: Plan, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The values, and zeros for the targets of a count."""
+    batch = len(next(iter(values.values())))
+    labels = [node.op.label for node in plan.find(Input) if isinstance(node.op, Input) and node.op.integers]
+    return {k: x.double() for k, x in values.items()} | {label: torch.zeros(batch).double() for label in labels}
 
 
 def _name_of(model: torch.nn.Module | ExportedProgram) -> str:

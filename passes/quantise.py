@@ -19,7 +19,7 @@ from tacit.passes.draft import Draft, Values
 
 # Logits are to be within 2^-8 of the float model's. Probes are few, so the error seen on them is held to a quarter.
 _TOLERANCE = 2.0**-10
-_TRIAL_FRAC, _LEAST_FRAC, _MOST_FRAC = 12, 8, 20
+_TRIAL_FRAC, _LEAST_FRAC, MOST_FRAC_BITS = 12, 8, 20
 # Weights get some bits more than activations: they cost nothing in any comparison.
 _EXTRA_WEIGHT_BITS = 4
 # Room of one bit above what calibration data showed.
@@ -34,8 +34,6 @@ def choose_scale(draft: Draft) -> Draft:
     The error of the whole network is proportional to 2^-frac: one trial run on the clear oracle tells it.
     """
     if draft.frac_bits is not None:
-        if not 1 <= draft.frac_bits <= _MOST_FRAC:
-            raise CompileError(f"frac_bits must be from 1 to {_MOST_FRAC}, not {draft.frac_bits}")
         return draft
     logits = _logits(draft.plan)
     exact = draft.interpret(draft.plan, draft.weights, draft.probes)[logits]
@@ -45,7 +43,7 @@ def choose_scale(draft: Draft) -> Draft:
     allowed = _TOLERANCE * max(1.0, float(exact.abs().max()) / 32)
     error = float((fixed - exact).abs().max())
     extra = math.ceil(math.log2(max(error, 1e-12) / allowed))
-    return draft.with_(draft.plan, frac_bits=min(max(_TRIAL_FRAC + extra, _LEAST_FRAC), _MOST_FRAC))
+    return draft.with_(draft.plan, frac_bits=min(max(_TRIAL_FRAC + extra, _LEAST_FRAC), MOST_FRAC_BITS))
 
 
 def _logits(plan: Plan) -> str:

@@ -34,7 +34,10 @@ def drop_softmax_before_argmax(draft: Draft) -> Draft:
     aliases = {
         node.name: node.args[0]
         for node in plan.find(Softmax)
-        if node.name != plan.result and all(isinstance(user.op, Argmax) for user in plan.users(node.name))
+        if node.name != plan.result
+        and isinstance(node.op, Softmax)
+        and node.op.dim == 1  # over the classes, as the argmax
+        and all(isinstance(user.op, Argmax) for user in plan.users(node.name))
     }
     return draft.with_(_without(plan, aliases))
 
@@ -63,12 +66,17 @@ def fold_batch_norm(draft: Draft) -> Draft:
         gamma, beta, mean, variance = (weights[label] for label in labels)
         factor = gamma / torch.sqrt(variance + node.op.eps)  # type: ignore[attr-defined]
         layer = plan.node(node.args[0])
-        if isinstance(layer.op, (Linear, Conv2d)) and len(plan.users(layer.name)) == 1:
+        if _channels_come_from(layer) and len(plan.users(layer.name)) == 1:
             plan = _fold(plan, node, layer, weights, factor, beta - mean * factor)
         else:
             plan = _scale_and_shift(plan, node, weights, factor, beta - mean * factor)
     used = {n.op.label for n in plan.nodes if isinstance(n.op, Weight)}
     return draft.with_(plan, {label: value for label, value in weights.items() if label in used})
+
+
+def _channels_come_from(layer: Node) -> bool:
+    """Whether dimension 1, which batch norm scales, is the one that the layer's weight produces."""
+    return isinstance(layer.op, Conv2d) or (isinstance(layer.op, Linear) and len(layer.type.shape) == 2)
 
 
 def _label(plan: Plan, name: str) -> str:
@@ -142,6 +150,6 @@ def require_supported_outputs(draft: Draft) -> Draft:
 
 
 _SOFTMAX = (
-    "softmax is supported directly before an argmax, where it changes nothing. Compile with reveal='argmax', or leave "
-    "it out of the model and apply it to the revealed logits at the client"
+    "softmax is supported over the classes, directly before an argmax, where it changes nothing. Compile with "
+    "reveal='argmax', or leave it out of the model and apply it to the revealed logits at the client"
 )

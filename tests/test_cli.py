@@ -1,130 +1,381 @@
-"""The command line, as a user types it."""
+"""The command line: what it prints is what the library computes, and errors are one message."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from models import images, seeded
-from torch import nn
+from typer.testing import CliRunner, Result
 
 import tacit
-from tacit.cli import main
+from tacit.cli import app
 
 SOURCE = """
 import torch
 from torch import nn
 
+
 def network():
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 5)).eval()
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(9, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
 
+
+class Sum(nn.Module):
+    def forward(self, left, right):
+        return (left + right).relu()
+
+
+ready = network()
+total = Sum().eval()
+training = nn.Dropout()
 number = 3
+
+
+def broken():
+    raise ValueError("on purpose")
 """
+X = np.random.default_rng(0).random((4, 1, 3, 3), dtype=np.float32)
+CLASSES = np.array([0, 1, 2, 0], dtype=np.uint8)
 
 
-def tacit_cli(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: object
-) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["tacit", *map(str, args)])
-    code = 0
-    try:
-        main()
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    printed = capsys.readouterr()
-    return code, printed.out, printed.err
+def tacit_command(*args: object) -> Result:
+    return CliRunner().invoke(app, [str(arg) for arg in args])
 
 
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
-    return lambda *args: tacit_cli(capsys, monkeypatch, *args)
+def succeeds(*args: object) -> str:
+    result = tacit_command(*args)
+    assert result.exit_code == 0, result.output
+    return result.stdout
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    path = tmp_path / "nets.py"
-    path.write_text(SOURCE)
-    return path
+def told(*args: object) -> Any:
+    return json.loads(succeeds(*args, "--json"))
 
 
-def test_compile_show_cost_run(call, source: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    folder = tmp_path / "out"
-    code, out, _ = call("compile", f"{source}:network", "--example", "1x1x4x4", "-o", folder, "--range", 0, 1, "--json")
-    summary = json.loads(out)
-    plan = tacit.load(folder).plan
-    assert (code, summary["digest"], summary["rounds"]) == (0, plan.digest, plan.cost().rounds)
+def fails(*args: object, code: int = 1) -> str:
+    """The message of a command that fails: on stderr, without a traceback, with nothing on stdout."""
+    result = tacit_command(*args)
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    assert isinstance(result.exception, SystemExit)
+    return result.stderr
 
-    assert call("show", folder)[1] == str(plan)
-    shown = json.loads(call("show", folder / "plan.txt", "--json")[1])
-    assert [line["name"] for line in shown["lines"]] == [node.name for node in plan.nodes]
 
-    cost = json.loads(call("cost", folder, "--batch", 7, "--json", "--requirements")[1])
-    expected = plan.cost(batch=7)
-    assert cost["online_bytes"] == expected.online_bytes == sum(p["online"] for p in cost["per_party"].values())
-    assert cost["session_bytes"] == expected.session_bytes
-    assert len(cost["requirements"]) == len(plan.requirements(batch=7))
-    assert f"{expected.online_bytes:,} bytes online" in call("cost", folder, "-n", 7)[1]
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model in Python, arrays, and two compiled models."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "nets.py").write_text(SOURCE)
+    np.save(folder / "x.npy", X)
+    np.save(folder / "targets.npy", CLASSES)
+    source = f"{folder / 'nets.py'}:ready"
+    succeeds("compile", source, "--example", "1x1x3x3", "-o", folder / "logits", "--range", "0", "1")
+    succeeds("compile", source, "--example", "1x1x3x3", "-o", folder / "correct", "--reveal", "correct")
+    return folder
 
-    x = torch.rand(7, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    np.save(tmp_path / "x.npy", x.numpy())
-    run = json.loads(call("run", folder, tmp_path / "x.npy", "--check", "--json")[1])
-    assert (run["rounds"], run["online_bytes"]) == (expected.rounds, expected.online_bytes)
-    call("run", folder, tmp_path / "x.npy", "-o", tmp_path / "y.npy")
-    scope: dict[str, object] = {}
+
+def plain(folder: Path, x: np.ndarray[Any, Any] = X) -> np.ndarray[Any, Any]:
+    """The model in plain torch."""
+    scope: dict[str, Any] = {}
     exec(SOURCE, scope)
-    logits = scope["network"]()(x).detach().numpy()  # type: ignore[operator]
-    for answer in (np.array(run["answer"]), np.load(tmp_path / "y.npy")):
-        assert np.abs(answer - logits).max() < 2**-8
+    with torch.no_grad():
+        answer: np.ndarray[Any, Any] = scope["ready"](torch.from_numpy(x)).numpy()
+    return answer
 
 
-def test_exported_program_and_correct(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    model, x = seeded(nn.Linear(6, 5)), images(4, 6)
-    torch.export.save(
-        torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)), tmp_path / "m.pt2"
-    )
-    code, _, err = call("compile", tmp_path / "m.pt2", "-o", tmp_path / "out", "--reveal", "correct", "--range", -1, 1)
-    assert (code, err) == (0, "")
-    np.save(tmp_path / "x.npy", x.numpy())
-    np.save(tmp_path / "t.npy", model(x).argmax(1).numpy())
-    run = call("run", tmp_path / "out", tmp_path / "x.npy", "--targets", tmp_path / "t.npy", "--json")
-    assert json.loads(run[1])["answer"] == 4
+# --- compile ---
 
 
-def test_errors_are_one_message_on_stderr(call, source: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    folder = tmp_path / "out"
-    call("compile", f"{source}:network", "--example", "1x1x4x4", "-o", folder)
-    np.save(tmp_path / "bad.npy", np.full((1, 1, 4, 4), np.nan, np.float32))
-    (tmp_path / "noise.npy").write_bytes(b"noise")
-    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object))
-    for words, args in {
-        "training|no attribute": ("compile", f"{source}:missing", "--example", "1x2", "-o", folder),
-        "not a torch.nn.Module": ("compile", f"{source}:number", "--example", "1x2", "-o", folder),
-        "neither a .pt2": ("compile", "nothing", "--example", "1x2", "-o", folder),
-        "not a shape": ("compile", f"{source}:network", "--example", "ax2", "-o", folder),
-        "--example": ("compile", f"{source}:network", "-o", folder),
-        "reveal": ("compile", f"{source}:network", "--example", "1x1x4x4", "-o", folder, "--reveal", "x"),
-        "No such file": ("show", tmp_path / "nowhere"),
-        "NaN": ("run", folder, tmp_path / "bad.npy"),
-        "not a .npy file of numbers": ("run", folder, tmp_path / "noise.npy"),
-        "objects.npy is not": ("run", folder, tmp_path / "objects.npy"),
-    }.items():
-        code, out, err = call(*args)
-        assert (code, out) == (1, ""), args
-        assert err.startswith("tacit: ")
-        assert "Traceback" not in err
-        assert any(word in err for word in words.split("|")), err
+def test_the_summary_is_that_of_the_plan(place: Path, tmp_path: Path) -> None:
+    options = [
+        "--example",
+        "2x1x3x3",
+        "--range",
+        "-1",
+        "1",
+        "--frac-bits",
+        "11",
+        "--name",
+        "tiny",
+        "--protocol",
+        "securenn",
+    ]
+    summary = told("compile", f"{place / 'nets.py'}:network", *options, "-o", tmp_path / "new")
+    plan = tacit.load(tmp_path / "new").plan
+    cost = plan.cost()
+    assert summary["digest"] == plan.digest
+    assert (summary["name"], summary["protocol"], summary["reveal"]) == ("tiny", "securenn", "logits")
+    assert (summary["rounds"], summary["online_bytes"]) == (cost.rounds, cost.online_bytes)
+    assert (summary["offline_bytes"], summary["session_bytes"]) == (cost.offline_bytes, cost.session_bytes)
+    assert list(summary["inputs"].values()) == ["secret<Nx1x3x3, f11, b13>"]
+    text = succeeds("compile", f"{place / 'nets.py'}:network", *options, "-o", tmp_path / "new")
+    assert plan.digest in text
+    assert f"{cost.online_bytes:,} online" in text
 
 
-def test_as_a_program(source: Path, tmp_path: Path) -> None:
+def test_a_module_by_its_dotted_name_is_looked_up_here(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    by_name = told("compile", "nets:ready", "--example", "1x1x3x3", "-o", tmp_path, "--range", "0", "1")
+    assert by_name["digest"] == tacit.load(place / "logits").plan.digest
+
+
+def test_an_exported_program_brings_its_example(place: Path, tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU()).eval()
+    x = torch.rand(2, 4)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    torch.export.save(program, tmp_path / "model.pt2")
+    succeeds("compile", tmp_path / "model.pt2", "-o", tmp_path / "out")
+    torch.testing.assert_close(tacit.load(tmp_path / "out")(x), model(x).detach(), atol=2**-8, rtol=0)
+
+
+def test_calibration_data_serve_as_example(place: Path, tmp_path: Path) -> None:
+    source = f"{place / 'nets.py'}:ready"
+    summary = told("compile", source, "--calibration", place / "x.npy", "-o", tmp_path, "--range", "0", "1")
+    assert summary["ranges"] == "calibrated"
+    message = fails("compile", source, "--calibration", place / "x.npy", "--example", "1x9", "-o", tmp_path)
+    assert "differ in shape" in message
+
+
+def test_a_model_of_two_inputs(place: Path, tmp_path: Path) -> None:
+    source = f"{place / 'nets.py'}:total"
+    succeeds("compile", source, "--example", "1x4", "--example", "1x4", "-o", tmp_path, "--range", "0", "1")
+    for name in ("a", "b"):
+        np.save(tmp_path / f"{name}.npy", X.reshape(9, 4))
+    answer = told("run", tmp_path, tmp_path / "a.npy", tmp_path / "b.npy")["answer"]
+    np.testing.assert_allclose(answer, 2 * X.reshape(9, 4), atol=2**-8)
+
+
+# --- show ---
+
+
+def test_show_prints_the_plan_and_nothing_else(place: Path) -> None:
+    text = (place / "logits" / "plan.txt").read_text()
+    assert succeeds("show", place / "logits") == text
+    assert succeeds("show", place / "logits" / "plan.txt") == text
+
+
+def test_show_as_objects(place: Path) -> None:
+    plan, found = tacit.load(place / "logits").plan, told("show", place / "logits")
+    assert found["digest"] == plan.digest
+    assert [line["name"] for line in found["lines"]] == [node.name for node in plan.nodes]
+    relu = next(line for line in found["lines"] if line["op"] == "relu")
+    node = plan.node(relu["name"])
+    assert relu["type"] == str(node.type)
+    assert relu["args"] == list(node.args)
+    assert relu["path"] == "2"
+    assert relu["attributes"]["truncate"] == node.op.truncate  # type: ignore[attr-defined]
+
+
+def test_show_refuses_an_edited_plan(place: Path, tmp_path: Path) -> None:
+    text = (place / "logits" / "plan.txt").read_text()
+    (tmp_path / "plan.txt").write_text(text.replace("f", "e", 1))
+    assert "^^^^" in fails("show", tmp_path)
+    (tmp_path / "plan.txt").write_bytes(b"\xff\xfe")
+    assert "not a text file" in fails("show", tmp_path / "plan.txt")
+
+
+# --- cost ---
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+def test_cost_tells_what_the_plan_tells(place: Path, batch: int) -> None:
+    plan = tacit.load(place / "correct").plan
+    cost, found = plan.cost(batch=batch), told("cost", place / "correct", "--batch", batch, "--requirements")
+    assert (found["batch"], found["rounds"]) == (batch, cost.rounds)
+    assert found["online_bytes"] == cost.online_bytes
+    assert found["offline_bytes"] == cost.offline_bytes
+    assert found["session_bytes"] == cost.session_bytes
+    assert found["per_party"] == cost.per_party
+    assert [row["line"] for row in found["per_op"]] == [node.name for node in plan.nodes]
+    assert sum(row["online_bytes"] for row in found["per_op"] if not row["session"]) == cost.online_bytes
+    needs = plan.requirements(batch=batch)
+    assert [(r["line"], r["kind"], r["count"]) for r in found["requirements"]] == [
+        (n.node, n.kind, n.count) for n in needs
+    ]
+
+
+def test_the_table_has_a_row_for_each_line_and_the_totals(place: Path) -> None:
+    plan = tacit.load(place / "logits").plan
+    text = succeeds("cost", place / "logits", "--batch", "5")
+    rows = [line.split()[0] for line in text.split("\n") if line.startswith("%")]
+    assert rows == [f"%{node.name}" for node in plan.nodes]
+    assert f"{plan.cost(batch=5).online_bytes:,} online" in text
+    assert re.search(r"^P1 +[\d,]+ +[\d,]+ +[\d,]+$", text, re.MULTILINE)
+    assert "mask" not in text.split("bytes sent by")[1]
+    assert "refresh" in succeeds("cost", place / "logits", "--requirements")
+
+
+# --- run ---
+
+
+def test_a_run_gives_the_answer_of_the_model_and_the_cost_of_the_plan(place: Path) -> None:
+    found = told("run", place / "logits", place / "x.npy", "--check")
+    np.testing.assert_allclose(found["answer"], plain(place), atol=2**-8)
+    cost = tacit.load(place / "logits").plan.cost(batch=len(X))
+    assert found["checked"] is True
+    assert (found["batch"], found["rounds"]) == (len(X), cost.rounds)
+    assert (found["online_bytes"], found["offline_bytes"]) == (cost.online_bytes, cost.offline_bytes)
+    assert found["session_bytes"] == cost.session_bytes
+    assert found["online_seconds"] > 0
+
+
+def test_a_run_writes_its_answer(place: Path, tmp_path: Path) -> None:
+    text = succeeds("run", place / "logits", place / "x.npy", "-o", tmp_path / "answer")
+    answer = np.load(tmp_path / "answer", allow_pickle=False)
+    np.testing.assert_allclose(answer, plain(place), atol=2**-8)
+    assert str(tmp_path / "answer") in text
+    assert "rounds" in text
+
+
+def test_a_run_prints_a_short_answer(place: Path) -> None:
+    text = succeeds("run", place / "logits", place / "x.npy")
+    printed = np.array([float(v) for v in re.findall(r"-?\d+\.\d*(?:e-?\d+)?", text.split("rounds")[0])])
+    np.testing.assert_allclose(printed.reshape(4, 3), plain(place), atol=2**-8)
+
+
+def test_a_run_counts_correct_answers(place: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "right.npy", plain(place).argmax(1))
+    found = told("run", place / "correct", place / "x.npy", "--targets", tmp_path / "right.npy")
+    assert found["answer"] == len(X)
+    expected = int((plain(place).argmax(1) == CLASSES).sum())
+    assert told("run", place / "correct", place / "x.npy", "--targets", place / "targets.npy")["answer"] == expected
+
+
+@pytest.mark.parametrize("layout", [">f4", "<f8", "fortran"])
+def test_arrays_of_any_layout_are_read(place: Path, tmp_path: Path, layout: str) -> None:
+    np.save(tmp_path / "x.npy", np.asfortranarray(X) if layout == "fortran" else X.astype(layout))
+    np.testing.assert_allclose(told("run", place / "logits", tmp_path / "x.npy")["answer"], plain(place), atol=2**-8)
+
+
+# --- errors ---
+
+
+class Bomb:
+    """What an unpickler would run."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("exploded",)
+
+
+def test_a_pickle_in_an_array_file_is_never_executed(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save(tmp_path / "bomb.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
+    np.savez(tmp_path / "archive.npz", x=X)
+    (tmp_path / "empty.npy").touch()
+    (tmp_path / "text.npy").write_text("0.5 0.25")
+    np.save(tmp_path / "words.npy", np.array(["a", "b"]))
+    for name in ("bomb.npy", "archive.npz", "empty.npy", "text.npy", "words.npy"):
+        assert f"{name} is not a .npy file" in fails("run", place / "logits", tmp_path / name)
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    ("attribute", "message"),
+    [
+        ("nothing", "has no attribute 'nothing'"),
+        ("number", "is a int, not a torch.nn.Module"),
+        ("broken", "calling .*:broken failed: ValueError: on purpose"),
+        ("training", r"model.eval\(\)"),
+    ],
+)
+def test_a_model_that_cannot_be_loaded(place: Path, tmp_path: Path, attribute: str, message: str) -> None:
+    source = f"{place / 'nets.py'}:{attribute}"
+    assert re.search(message, fails("compile", source, "--example", "1x3", "-o", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("model", ["nothing.pt2", "nothing.py:net", "no_such_module:net", "nets", "nets:", ":net", ""])
+def test_a_model_that_does_not_exist(model: str, tmp_path: Path) -> None:
+    assert len(fails("compile", model, "--example", "1x3", "-o", tmp_path / "out").strip().split("\n")) == 1
+
+
+def test_a_file_that_is_no_exported_program(tmp_path: Path) -> None:
+    (tmp_path / "model.pt2").write_text("not a program")
+    assert "reading" in fails("compile", tmp_path / "model.pt2", "-o", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--example"),
+        (["--example", "1x5"], "torch.export"),
+        (["--example", "1x1x3x3", "--reveal", "all"], "reveal"),
+        (["--example", "1x1x3x3", "--protocol", "magic"], "protocol"),
+        (["--example", "1x1x3x3", "--range", "1", "-1"], "low < high"),
+        (["--example", "1x1x3x3", "--range", "nan", "1"], "finite"),
+        (["--example", "1x1x3x3", "--frac-bits", "99"], "frac_bits"),
+    ],
+)
+def test_options_that_do_not_fit_the_model(place: Path, tmp_path: Path, options: list[str], message: str) -> None:
+    assert message in fails("compile", f"{place / 'nets.py'}:ready", *options, "-o", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["compile", "nets:ready", "--example", "5", "-o", "out"],
+        ["compile", "nets:ready", "--example", "1x0", "-o", "out"],
+        ["compile", "nets:ready", "--example", "ax3", "-o", "out"],
+        ["compile", "nets:ready", "--example", "1x3"],
+        ["compile", "nets:ready", "--range", "1", "-o", "out"],
+        ["cost", "plan.txt", "--batch", "0"],
+        ["cost", "plan.txt", "--batch", "many"],
+        ["show"],
+        ["run", "folder"],
+        ["run", "folder", "x.npy", "--nothing"],
+        ["fly"],
+    ],
+)
+def test_bad_usage_exits_with_two(args: list[str]) -> None:
+    assert "Usage" in fails(*args, code=2)
+
+
+def test_missing_files_are_named(place: Path, tmp_path: Path) -> None:
+    assert "plan.txt: No such file" in fails("show", tmp_path)
+    assert "plan.txt: No such file" in fails("cost", tmp_path)
+    assert "plan.txt: No such file" in fails("run", tmp_path, place / "x.npy")
+    assert "y.npy: No such file" in fails("run", place / "logits", tmp_path / "y.npy")
+    assert "No such file" in fails("run", place / "logits", place / "x.npy", "-o", tmp_path / "no" / "folder.npy")
+
+
+def test_an_input_that_does_not_fit_is_refused_without_its_values(place: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", X + 7.123456)
+    message = fails("run", place / "logits", tmp_path / "x.npy")
+    assert "outside the range" in message
+    assert not re.search(r"\d\.\d{3,}", message)
+    assert "targets" in fails("run", place / "correct", place / "x.npy")
+    assert "expected 1" in fails("run", place / "logits", place / "x.npy", "--targets", place / "targets.npy")
+
+
+def test_damaged_weights_are_refused(place: Path, tmp_path: Path) -> None:
+    tacit.load(place / "logits").save(tmp_path)
+    (tmp_path / "weights.safetensors").write_bytes(b"1234")
+    assert "weights.safetensors" in fails("run", tmp_path, place / "x.npy")
+
+
+def test_as_a_process_of_its_own(place: Path) -> None:
     command = [sys.executable, "-c", "from tacit.cli import main; main()"]
-    done = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
-    assert all(word in done.stdout for word in ("compile", "show", "cost", "run"))
-    failed = subprocess.run([*command, "show", str(tmp_path / "none")], capture_output=True, text=True, check=False)
-    assert failed.returncode == 1
-    assert failed.stderr.startswith("tacit: ")
+
+    def process(*args: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *map(str, args)], capture_output=True, text=True, timeout=120, check=False)
+
+    good = process("run", place / "logits", place / "x.npy", "--json")
+    assert good.returncode == 0, good.stderr
+    np.testing.assert_allclose(json.loads(good.stdout)["answer"], plain(place), atol=2**-8)
+    bad = process("show", place / "nowhere")
+    assert (bad.returncode, bad.stdout) == (1, "")
+    assert bad.stderr == f"tacit: {place / 'nowhere'}: No such file or directory\n"

@@ -7,6 +7,7 @@ A layer is one class: the ATen overloads it stands for (`aten`), how it is read 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 
 from tacit.ir.build import Label
 from tacit.ir.errors import CompileError, PlanError
-from tacit.ir.op import Level, Op, Sample
+from tacit.ir.op import Level, Op, Sample, expect
 from tacit.ir.ops import linear as fixed_linear
 from tacit.ir.ops import local, nonlinear
 from tacit.ir.types import Batch, Dim, Type, broadcast
@@ -275,14 +276,19 @@ class AdaptiveAvgPool2d(ModelOp):
     """torch.nn.AdaptiveAvgPool2d, and the mean over height and width."""
 
     name = "model.adaptive_avg_pool2d"
-    aten = ("aten.adaptive_avg_pool2d.default",)
+    aten = ("aten.adaptive_avg_pool2d.default", "aten.mean.dim")
 
     output: tuple[int, ...]
 
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str:
-        size = graph.fixed_shape(k["self"])[2:]
-        wanted = [s if w is None else w for s, w in zip(size, k["output_size"], strict=True)]
+        size = graph.fixed_shape(k["self"])
+        if graph.target == "aten.mean.dim":
+            if len(size) != 4 or {d % 4 for d in k["dim"]} != {2, 3} or k["dtype"] is not None:
+                graph.unsupported("a mean over anything but height and width of N x C x H x W")
+            pooled = graph.emit(cls((1, 1)), k["self"])
+            return pooled if k["keepdim"] else graph.emit(Reshape((size[1],)), pooled)
+        wanted = [s if w is None else w for s, w in zip(size[2:], k["output_size"], strict=True)]
         return graph.emit(cls(tuple(wanted)), k["self"])
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
@@ -340,51 +346,38 @@ class Reshape(ModelOp):
 
 @dataclass(frozen=True)
 class Add(ModelOp):
-    """x + scale * y: two activations, or an activation and a constant tensor."""
+    """x + y: two activations, or an activation and a constant tensor. A difference adds the negative."""
 
     name = "model.add"
     aten = ("aten.add.Tensor", "aten.add_.Tensor", "aten.sub.Tensor", "aten.sub_.Tensor")
 
-    negate: bool = False
-
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str:
-        negate, x, y = graph.target.startswith("aten.sub"), k["self"], k["other"]
-        if k.get("alpha", 1) != 1:
-            graph.unsupported("add and sub with alpha")
-        if isinstance(y, (int, float)):
-            return graph.emit(AddScalar(-float(y) if negate else float(y)), x)
-        if graph.is_weight(x) and not negate:
-            x, y = y, x
-        if graph.is_weight(x):
-            graph.unsupported("a constant tensor minus an activation; write x.neg() + constant")
-        return graph.emit(cls(negate), x, y)
+        x, y, sign = k["self"], k["other"], -1.0 if graph.target.startswith("aten.sub") else 1.0
+        factor = sign * graph.scalar(k["alpha"])
+        if not isinstance(y, str):
+            return graph.emit(AddScalar(factor * graph.scalar(y)), x)
+        if factor != 1.0:
+            y = graph.emit(MulScalar(factor), y)
+        return graph.emit(cls(), y, x) if graph.is_weight(x) else graph.emit(cls(), x, y)
 
     def infer(self, *args: Type) -> Type:
-        return _elementwise(*args)
+        shape = broadcast(args[0].shape, args[1].shape)
+        expect(
+            isinstance(shape[0], Batch), f"to broadcast {args[0]} and {args[1]} moves the batch from its first place"
+        )
+        return Type("real", shape)
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
-        return args[0] - args[1] if self.negate else args[0] + args[1]
+        return args[0] + args[1]
 
     def expand(self, b: FixedBuilder, *args: str) -> str:
         x, y = args
-        if not isinstance(y, Label):
-            y = b.emit(local.MulPublic(-1), y) if self.negate else y
-            return b.plus(x, y)
-        if self.negate:
-            raise CompileError(f"subtracting the constant tensor '{y}' is not supported; add its negative")
-        return b.plus_weight(x, y, tuple(b.real(y).shape) or (1,))
+        return b.plus_weight(x, y, tuple(b.real(y).shape)) if isinstance(y, Label) else b.plus(x, y)
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
         return (Sample(cls(), (_real(_N, 3, 4, 4), _real(_N, 3, 4, 4))), Sample(cls(), (_real(_N, 7), _real(7))))
-
-
-def _elementwise(x: Type, y: Type) -> Type:
-    shape = broadcast(x.shape, y.shape)
-    if shape != x.shape:
-        raise PlanError(f"{y} does not broadcast to {x}")
-    return x
 
 
 @dataclass(frozen=True)
@@ -398,8 +391,8 @@ class Mul(ModelOp):
     def capture(cls, graph: Capture, **k: Any) -> str:
         x, y = k["self"], k["other"]
         divide = graph.target.startswith("aten.div")
-        if isinstance(y, (int, float)):
-            return graph.emit(MulScalar(1 / y if divide else float(y)), x)
+        if not isinstance(y, str):
+            return graph.emit(MulScalar(graph.scalar(_inverse(y) if divide else y)), x)
         if divide:
             graph.unsupported("division by a tensor; multiply by the reciprocal constant instead")
         if graph.is_weight(x):
@@ -409,19 +402,22 @@ class Mul(ModelOp):
         return graph.emit(cls(), x, y)
 
     def infer(self, *args: Type) -> Type:
-        return _elementwise(*args)
+        return Add().infer(*args)
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         return args[0] * args[1]
 
     def expand(self, b: FixedBuilder, *args: str) -> str:
-        shape = tuple(b.real(args[1]).shape) or (1,)
-        w = b.weight(args[1], b.weight_frac, shape)
+        w = b.weight(args[1], b.weight_frac)
         return b.emit(fixed_linear.FixedMul(), b.as_factor(args[0]), w)
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
         return (Sample(cls(), (_real(_N, 3, 4, 4), _real(3, 1, 1))),)
+
+
+def _inverse(value: float) -> float:
+    return 1 / value if value else math.inf
 
 
 @dataclass(frozen=True)
@@ -435,9 +431,10 @@ class AddScalar(ModelOp):
 
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str:
-        value, x = float(k["other"]), k["self"]
-        if graph.target == "aten.rsub.Scalar":
-            return graph.emit(cls(value), graph.emit(MulScalar(-1.0), x))
+        value, x, alpha = graph.scalar(k["other"]), k["self"], graph.scalar(k["alpha"])
+        if graph.target == "aten.rsub.Scalar":  # other - alpha * self
+            return graph.emit(cls(value), graph.emit(MulScalar(-alpha), x))
+        value *= alpha
         return graph.emit(cls(-value if graph.target == "aten.sub.Scalar" else value), x)
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
@@ -464,8 +461,8 @@ class MulScalar(ModelOp):
     def capture(cls, graph: Capture, **k: Any) -> str:
         if graph.target == "aten.neg.default":
             return graph.emit(cls(-1.0), k["self"])
-        value = float(k["other"])
-        return graph.emit(cls(1 / value if graph.target == "aten.div.Scalar" else value), k["self"])
+        value = k["other"]
+        return graph.emit(cls(graph.scalar(_inverse(value) if graph.target == "aten.div.Scalar" else value)), k["self"])
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         return args[0] * self.value
