@@ -18,7 +18,7 @@ from tacit.passes import Draft
 from tacit.passes.lower import SUITES, hoist_weight_openings, lower_to_protocol, reveal_result
 from tacit.runtime.reference import interpret
 
-BATCHES = (1, 7)
+BATCHES = (1, 7, 200)
 
 
 def test_every_op_has_samples() -> None:

@@ -197,14 +197,13 @@ def test_truncations_before_a_sum_are_not_repeated() -> None:
 
 
 @pytest.mark.parametrize("protocol", ["fused", "securenn"])
-@pytest.mark.parametrize("network", [networks.MLP, networks.NetworkB, networks.NetworkD, models.Residual])
+@pytest.mark.parametrize("network", [networks.MLP, networks.LeNet, models.Residual])
 def test_declared_bytes_and_rounds_equal_the_counted_ones(network: type[nn.Module], protocol: str) -> None:
     shape = (3, 6, 6) if network is models.Residual else (1, 28, 28)
     secure = tacit.compile(
         seeded(network()), images(2, *shape), reveal="argmax", protocol=protocol, input_range=(-1, 1)
     )
-    batches = (1, 7, 200) if network is networks.MLP and protocol == "fused" else (1, 7)
-    for batch in batches:
+    for batch in (1, 7, 200):
         secure(images(batch, *shape))
         run, cost = secure.last_run, secure.plan.cost(batch=batch)
         assert run is not None
