@@ -13,7 +13,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 Array = NDArray[np.generic]
-_BLOCK = 256
+_BLOCK = 512
 
 
 def _barrett(p: int) -> int:
@@ -162,10 +162,10 @@ def _hide(d: Array, s: Array, z: Array, p: int, factor: int, negate: bool, out: 
 
 
 @njit(nogil=True, cache=True, inline="always")
-def _turn(here: Array, there: Array, shift: Array, step: int, out: Array) -> None:
-    stage = np.uint8(step)
+def _turn(here: Array, there: Array, take: Array, out: Array) -> None:
+    """out = there where take is all ones, here where it is zero."""
     for e in range(out.size):
-        out[e] = there[e] if (shift[e] & stage) != 0 else here[e]
+        out[e] = here[e] ^ ((here[e] ^ there[e]) & take[e])
 
 
 @njit(nogil=True, cache=True)
@@ -208,16 +208,13 @@ def _blind(
             _accumulate(x, cb[:m], one, p, above[:m])
             _hide(d[:m], s[i, begin:end], z[i, begin:end], p, factor, rank != 0, rows[0, i, :m])
         # Rotate every column by its own shift: one stage for each bit of the shift.
-        step, current = 1, 0
+        step, current, turn = 1, 0, shift[begin:end]
         while step < positions:
+            stage = np.uint8(step)
+            for e in range(m):
+                d[e] = np.uint8(255) if (turn[e] & stage) != 0 else np.uint8(0)
             for i in range(positions):
-                _turn(
-                    rows[current, i, :m],
-                    rows[current, (i - step) % positions, :m],
-                    shift[begin:end],
-                    step,
-                    rows[1 - current, i, :m],
-                )
+                _turn(rows[current, i, :m], rows[current, (i - step) % positions, :m], d[:m], rows[1 - current, i, :m])
             current = 1 - current
             step *= 2
         for i in range(positions):

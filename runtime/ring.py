@@ -45,9 +45,56 @@ def column_major(weight: Tensor) -> Tensor:
     return weight.t().contiguous().t()
 
 
+# Where torch's integer product is slow: few rows, or few columns (measured; about equal in between).
+_FEW_ROWS, _FEW_COLUMNS, _COLUMN_BLOCK = 14, 128, 1024
+
+
+@njit(nogil=True, cache=True)
+def _matmul(x: Array, w: Array, out: Array) -> None:
+    rows, inner = x.shape
+    whole = inner - inner % 8
+    for begin in range(0, w.shape[1], _COLUMN_BLOCK):
+        end = min(w.shape[1], begin + _COLUMN_BLOCK)
+        out[:, begin:end] = 0
+        for k in range(0, whole, 8):
+            w0, w1, w2, w3 = w[k, begin:end], w[k + 1, begin:end], w[k + 2, begin:end], w[k + 3, begin:end]
+            w4, w5, w6, w7 = w[k + 4, begin:end], w[k + 5, begin:end], w[k + 6, begin:end], w[k + 7, begin:end]
+            for i in range(rows):
+                x0, x1, x2, x3 = x[i, k], x[i, k + 1], x[i, k + 2], x[i, k + 3]
+                x4, x5, x6, x7 = x[i, k + 4], x[i, k + 5], x[i, k + 6], x[i, k + 7]
+                o = out[i, begin:end]
+                for j in range(o.size):
+                    o[j] += (
+                        x0 * w0[j]
+                        + x1 * w1[j]
+                        + x2 * w2[j]
+                        + x3 * w3[j]
+                        + x4 * w4[j]
+                        + x5 * w5[j]
+                        + x6 * w6[j]
+                        + x7 * w7[j]
+                    )
+        for k in range(whole, inner):
+            row = w[k, begin:end]
+            for i in range(rows):
+                factor, o = x[i, k], out[i, begin:end]
+                for j in range(o.size):
+                    o[j] += factor * row[j]
+
+
+def matmul(x: Tensor, w: Tensor) -> Tensor:
+    """x (M, K) times w (K, N), w with rows contiguous. On one core, without the GIL."""
+    if len(x) >= _FEW_ROWS and w.shape[1] >= _FEW_COLUMNS:
+        return x @ w
+    out = torch.empty((len(x), w.shape[1]), dtype=torch.int64)
+    _matmul(x.contiguous().numpy(), w.contiguous().numpy(), out.numpy())
+    return out
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., I) times the transpose of weight (O, I)."""
-    return x @ weight.t()
+    out = matmul(x.reshape(-1, x.shape[-1]), weight.t())
+    return out.view(*x.shape[:-1], len(weight))
 
 
 def unfold(x: Tensor, kernel: Shape, stride: Shape, padding: Shape, dilation: Shape) -> Tensor:
@@ -65,18 +112,16 @@ def unfold(x: Tensor, kernel: Shape, stride: Shape, padding: Shape, dilation: Sh
 
 
 def conv2d(x: Tensor, weight: Tensor, stride: Shape, padding: Shape, dilation: Shape, groups: int) -> Tensor:
-    """Cross-correlation of x (N, C, H, W) with weight (O, C / groups, KH, KW)."""
+    """Cross-correlation of x (N, C, H, W) with weight (O, C / groups, KH, KW), as kernels times patches."""
     o, per_group, kh, kw = weight.shape
     patches = unfold(x, (kh, kw), stride, padding, dilation)
     n, oh, ow = patches.shape[:3]
-    if groups == 1:
-        rows = patches.reshape(n * oh * ow, per_group * kh * kw)
-        out = rows @ weight.reshape(o, -1).t().contiguous()
-        return out.view(n, oh, ow, o).permute(0, 3, 1, 2).contiguous()
-    rows = patches.reshape(n * oh * ow, groups, per_group * kh * kw).transpose(0, 1)
-    kernels = weight.reshape(groups, o // groups, -1).transpose(1, 2)
-    out = torch.stack([a @ b for a, b in zip(rows.contiguous(), kernels.contiguous(), strict=True)])
-    return out.view(groups, n, oh, ow, o // groups).permute(1, 0, 4, 2, 3).reshape(n, o, oh, ow)
+    columns = patches.permute(3, 4, 5, 0, 1, 2).reshape(groups, per_group * kh * kw, n * oh * ow)
+    kernels = weight.reshape(groups, o // groups, per_group * kh * kw)
+    out = torch.empty((groups, o // groups, n * oh * ow), dtype=torch.int64)
+    for g in range(groups):
+        _matmul(kernels[g].numpy(), columns[g].numpy(), out[g].numpy())
+    return out.view(o, n, oh, ow).transpose(0, 1).contiguous()
 
 
 def window_sums(x: Tensor, rows: Sequence[Span], columns: Sequence[Span]) -> Tensor:

@@ -24,6 +24,7 @@ from tacit.ir.plan import Node, Plan, Schedule
 from tacit.ir.types import Type
 from tacit.runtime import prf
 from tacit.runtime.channel import Meter, Network
+from tacit.runtime.memory import keep_freed_buffers
 from tacit.runtime.party import Party, Values, deal, execute
 
 Tensor = torch.Tensor
@@ -66,17 +67,23 @@ class Trace:
     offsets: dict[str, list[Tensor]]
 
 
+def _one_thread() -> None:
+    """A party has one core: torch's own threads would only get in the way of the other parties."""
+    torch.set_num_threads(1)
+
+
 class Session:
     """Open once, then deal and infer as often as wanted; not for use by several threads at once."""
 
     def __init__(self, plan: Plan, weights: Mapping[str, Tensor], *, keys: prf.Keys | None = None) -> None:
+        keep_freed_buffers()
         self.plan = plan.verify()
         self.network = Network()
         self._keys = keys or prf.fresh_keys()
         self._weights = weights
         self._shared: dict[int, Values] = {rank: {} for rank in _EVERYONE}
         self._types: dict[tuple[str, int], tuple[tuple[Type, ...], Type]] = {}
-        self._pool = ThreadPoolExecutor(len(PARTIES), thread_name_prefix="party")
+        self._pool = ThreadPoolExecutor(len(PARTIES), thread_name_prefix="party", initializer=_one_thread)
         self._next_batch = 1  # batch 0 is the session's own part
         self._broken: str | None = None
         self.weight_meter = self._open()
