@@ -486,3 +486,31 @@ def _print_run(secure: Secure, answer: np.ndarray[Any, Any], output: Path | None
         typer.echo("checked   every line equals the clear oracle, bit for bit")
     typer.echo(_totals_text(figures))
     typer.echo(f"seconds   {measured.online_seconds:.4f} online, {measured.offline_seconds:.4f} offline")
+
+
+# --- bench ---
+
+
+@app.command("bench")
+def bench_command(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="mlp, lenet, a, b, c, d, alexnet, vgg16, resnet18, ...")
+    ],
+    batch: Annotated[int, typer.Option("--batch", "-n", min=1, help="Images in a batch.")] = 1,
+    network: Annotated[
+        str, typer.Option(help="virtual, lan (0.2 ms, 5 Gbit/s) or wan (40 ms, 350 Mbit/s).")
+    ] = "virtual",
+    protocol: Annotated[str, typer.Option(help="The protocol suite: fused or securenn.")] = "fused",
+    reveal: Annotated[str, typer.Option(help="What the client learns: logits or argmax.")] = "argmax",
+    runs: Annotated[int, typer.Option(min=1, help="Measured runs, after two to warm up.")] = 7,
+    per_op: Annotated[
+        bool, typer.Option("--per-op", help="Also the seconds of work by line, phase and party.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Time and bytes of one network with random weights, beside plaintext PyTorch in the same run."""
+    from tacit.bench import bench, text
+
+    with _clear_errors():
+        found = bench(model, batch=batch, network=network, protocol=protocol, reveal=reveal, runs=runs, per_op=per_op)
+    typer.echo(json.dumps(dataclasses.asdict(found)) if as_json else text(found))

@@ -16,6 +16,7 @@ from tacit.ir.errors import InputError, PlanError, WeightsError
 from tacit.ir.ops.roles import Input, Weight
 from tacit.ir.plan import Node, Plan
 from tacit.runtime import ring
+from tacit.runtime.channel import LinkModel
 from tacit.runtime.reference import compare, interpret
 from tacit.runtime.session import Run, Session, Trace
 
@@ -80,10 +81,10 @@ class Secure:
             raise
         return answer, opened
 
-    def session(self) -> Session:
-        """The session of this model, opened at first use."""
-        if self._session is None:
-            self._session = Session(self.plan, self._weights)
+    def session(self, link: LinkModel | None = None) -> Session:
+        """The session of this model, opened at first use; `link` emulates a network, and opens a new one."""
+        if self._session is None or link is not None:
+            self._session = Session(self.plan, self._weights, link=link)
         return self._session
 
     @property

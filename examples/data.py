@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from vision import import_torchvision
+
+from tacit import CompileError
+from tacit.vision import import_torchvision
 
 Tensor = torch.Tensor
 
@@ -33,7 +35,7 @@ def load() -> Digits:
         for train in (True, False):
             datasets.MNIST(root=str(cache), train=train, download=True)
         return _mnist(cache / "MNIST" / "raw")
-    except (OSError, RuntimeError, ImportError) as error:
+    except (OSError, RuntimeError, CompileError) as error:
         print(
             f"MNIST is not at hand ($TACIT_DATA is not set, no download: {type(error).__name__}); "
             "using scikit-learn's handwritten digits, enlarged, instead."

@@ -6,7 +6,6 @@ client; nobody but the client learns an answer, and in the first part only how m
 
 import time
 
-import networks
 import torch
 from data import Digits, load
 from rich.console import Console
@@ -14,6 +13,7 @@ from rich.progress import track
 from training import trained
 
 import tacit
+from tacit import networks
 
 BATCH = 200
 CHECKED = 1000

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -15,6 +17,22 @@ from tacit.ir.op import Spec
 
 Tensor = torch.Tensor
 _POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class LinkModel:
+    """An emulated network: every directed link has this latency (one way) and this rate."""
+
+    latency_seconds: float
+    bytes_per_second: float
+
+
+# Round trips of 0.2 ms and 40 ms; 5 Gbit/s and 350 Mbit/s.
+NETWORKS: dict[str, LinkModel | None] = {
+    "virtual": None,
+    "lan": LinkModel(0.1e-3, 5e9 / 8),
+    "wan": LinkModel(20e-3, 350e6 / 8),
+}
 
 
 class Meter:
@@ -50,8 +68,10 @@ class Meter:
 class Network:
     """In-memory links between the parties and roles of one process."""
 
-    def __init__(self) -> None:
-        self._queues: dict[Link, queue.SimpleQueue[tuple[int, Sequence[Tensor]]]] = {
+    def __init__(self, model: LinkModel | None = None) -> None:
+        self._model = model
+        self._free_at: dict[Link, float] = {}  # when each emulated link has sent what it was given
+        self._queues: dict[Link, queue.SimpleQueue[tuple[int, float, Sequence[Tensor]]]] = {
             (a, b): queue.SimpleQueue() for a in range(len(ROLES)) for b in range(len(ROLES)) if a != b
         }
         self._failed: str | None = None
@@ -71,19 +91,30 @@ class Network:
         return Channel(self, rank)
 
     def put(self, source: int, target: int, message: Sequence[Tensor]) -> None:
-        depth = self.meter.sent(source, target, sum(t.nbytes for t in message))
+        size = sum(t.nbytes for t in message)
+        depth = self.meter.sent(source, target, size)
         if self.transcript is not None:
             self.transcript.append(((source, target), tuple(t.clone() for t in message)))
-        self._queues[source, target].put((depth, message))
+        self._queues[source, target].put((depth, self._arrival((source, target), size), message))
+
+    def _arrival(self, link: Link, size: int) -> float:
+        """When a message sent now arrives: after those before it on its link, its own bytes, and the latency."""
+        if self._model is None:
+            return 0.0
+        sent = max(time.perf_counter(), self._free_at.get(link, 0.0)) + size / self._model.bytes_per_second
+        self._free_at[link] = sent
+        return sent + self._model.latency_seconds
 
     def get(self, source: int, target: int) -> Sequence[Tensor]:
         while True:
             try:
-                depth, message = self._queues[source, target].get(timeout=_POLL_SECONDS)
+                depth, arrival, message = self._queues[source, target].get(timeout=_POLL_SECONDS)
             except queue.Empty:
                 if self._failed is not None:
                     raise ProtocolError(self._failed) from None
                 continue
+            if self._model is not None:
+                time.sleep(max(0.0, arrival - time.perf_counter()))
             self.meter.received(target, depth)
             return message
 

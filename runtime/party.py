@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -170,22 +171,35 @@ class Party:
 
 
 Seat = Callable[[Node], Party]
+# Seconds of work by phase ("offline", "online"), line and party; waiting for others is not in it.
+Profile = dict[tuple[str, str, int], float]
 
 
-def deal(nodes: Sequence[Node], seat: Seat, material: dict[str, list[Material]]) -> list[Randomness]:
+def _book(profile: Profile | None, phase: str, node: Node, rank: int, begin: float) -> None:
+    if profile is not None:
+        key = (phase, node.name, rank)
+        profile[key] = profile.get(key, 0.0) + time.perf_counter() - begin
+
+
+def deal(
+    nodes: Sequence[Node], seat: Seat, material: dict[str, list[Material]], profile: Profile | None = None
+) -> list[Randomness]:
     """Offline: the material of every node, in plan order. Returns what was dealt."""
     inventory = []
     for node in nodes:
-        party = seat(node)
+        begin, party = time.perf_counter(), seat(node)
         material[node.name] = [part.deal(party) for part in node.op.parts(*party.args)]
         inventory += party.inventory
+        _book(profile, "offline", node, party.rank, begin)
     return inventory
 
 
 class _Running:
     """The programs under way at one party, and the values they leave behind."""
 
-    def __init__(self, plan: Plan, values: Values, *, keep: bool) -> None:
+    def __init__(self, plan: Plan, values: Values, *, rank: int, keep: bool, profile: Profile | None) -> None:
+        self.rank = rank
+        self.profile = profile
         self.values = values
         self.programs: list[tuple[Node, Program, Round]] = []
         # How many lines still need a value; dropped at zero, unless everything is kept.
@@ -193,6 +207,7 @@ class _Running:
 
     def advance(self, node: Node, program: Program, received: Received | None) -> None:
         """Run a program to its next round, or to its end."""
+        begin = time.perf_counter()
         try:
             wanted = next(program) if received is None else program.send(received)
             self.programs.append((node, program, wanted))
@@ -202,11 +217,21 @@ class _Running:
                 self._uses[arg] -= 1
                 if self._uses[arg] == 0:
                     self.values.pop(arg, None)
+        _book(self.profile, "online", node, self.rank, begin)
 
 
-def execute(plan: Plan, schedule: Schedule, channel: Channel, seat: Seat, values: Values, *, keep: bool = True) -> None:
+def execute(
+    plan: Plan,
+    schedule: Schedule,
+    channel: Channel,
+    seat: Seat,
+    values: Values,
+    *,
+    keep: bool = True,
+    profile: Profile | None = None,
+) -> None:
     """Online: run the scheduled nodes; all messages of one round to one peer travel as one."""
-    running = _Running(plan, values, keep=keep)
+    running = _Running(plan, values, rank=channel.rank, keep=keep, profile=profile)
     for step in range(schedule.rounds + 1):
         for name in schedule.at(step):
             node = plan.node(name)

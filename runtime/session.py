@@ -23,9 +23,9 @@ from tacit.ir.ops.roles import Input, Weight
 from tacit.ir.plan import Node, Plan, Schedule
 from tacit.ir.types import Type
 from tacit.runtime import prf
-from tacit.runtime.channel import Meter, Network
+from tacit.runtime.channel import LinkModel, Meter, Network
 from tacit.runtime.memory import keep_freed_buffers
-from tacit.runtime.party import Party, Values, deal, execute
+from tacit.runtime.party import Party, Profile, Values, deal, execute
 
 Tensor = torch.Tensor
 PARTIES = (P0, P1, P2)
@@ -75,10 +75,13 @@ def _one_thread() -> None:
 class Session:
     """Open once, then deal and infer as often as wanted; not for use by several threads at once."""
 
-    def __init__(self, plan: Plan, weights: Mapping[str, Tensor], *, keys: prf.Keys | None = None) -> None:
+    def __init__(
+        self, plan: Plan, weights: Mapping[str, Tensor], *, keys: prf.Keys | None = None, link: LinkModel | None = None
+    ) -> None:
         keep_freed_buffers()
         self.plan = plan.verify()
-        self.network = Network()
+        self.network = Network(link)
+        self.profile: Profile | None = None  # benchmarks collect seconds by phase and line here
         self._keys = keys or prf.fresh_keys()
         self._weights = weights
         self._shared: dict[int, Values] = {rank: {} for rank in _EVERYONE}
@@ -107,7 +110,7 @@ class Session:
     def _dealing(
         self, nodes: list[Node], rank: int, batch_id: int, batch: int, material: dict[str, list[Material]]
     ) -> Callable[[], list[Randomness]]:
-        return lambda: deal(nodes, self._seat(rank, batch_id, batch), material)
+        return lambda: deal(nodes, self._seat(rank, batch_id, batch), material, self.profile)
 
     def deal(self, batch: int) -> Dealt:
         """Offline: deal exactly what one inference of `batch` elements consumes."""
@@ -163,7 +166,9 @@ class Session:
     def _job(
         self, rank: int, schedule: Schedule, seat: Callable[[Node], Party], values: Values, *, keep: bool = True
     ) -> Callable[[], None]:
-        return lambda: execute(self.plan, schedule, self.network.channel(rank), seat, values, keep=keep)
+        return lambda: execute(
+            self.plan, schedule, self.network.channel(rank), seat, values, keep=keep, profile=self.profile
+        )
 
     def _seat(
         self,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import networks
 import pytest
 import torch
 from data import Digits, load
 from training import trained
 
 import tacit
+from tacit import networks
 
 Tensor = torch.Tensor
 IMAGES = 1000

@@ -6,13 +6,13 @@ from collections import Counter
 from pathlib import Path
 
 import models
-import networks
 import pytest
 import torch
 from models import images, seeded
 from torch import nn
 
 import tacit
+from tacit import networks
 from tacit.capture import Capture, export
 from tacit.ir.op import Level
 from tacit.ir.ops.nonlinear import ReLU

@@ -1,4 +1,4 @@
-"""The networks of the examples and benchmarks; all take N x 1 x 28 x 28 and return ten logits."""
+"""The small networks of the examples and benchmarks; all take N x 1 x 28 x 28 and return ten logits."""
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,8 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(500, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.relu(self.fc1(x.flatten(1))))
+        out: Tensor = self.fc2(F.relu(self.fc1(x.flatten(1))))
+        return out
 
 
 class NetworkA(nn.Module):
@@ -30,7 +31,8 @@ class NetworkA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.fc1(x.flatten(1)))
-        return self.fc3(F.relu(self.fc2(x)))
+        out: Tensor = self.fc3(F.relu(self.fc2(x)))
+        return out
 
 
 class NetworkB(nn.Module):
@@ -46,7 +48,8 @@ class NetworkB(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(F.relu(self.conv1(x)), 2)
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)
-        return self.fc2(F.relu(self.fc1(x.flatten(1))))
+        out: Tensor = self.fc2(F.relu(self.fc1(x.flatten(1))))
+        return out
 
 
 class LeNet(nn.Module):
@@ -62,7 +65,8 @@ class LeNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(F.relu(self.conv1(x)), 2)
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)
-        return self.fc2(F.relu(self.fc1(x.flatten(1))))
+        out: Tensor = self.fc2(F.relu(self.fc1(x.flatten(1))))
+        return out
 
 
 class NetworkD(nn.Module):
@@ -76,4 +80,5 @@ class NetworkD(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.conv1(x))
-        return self.fc2(F.relu(self.fc1(x.flatten(1))))
+        out: Tensor = self.fc2(F.relu(self.fc1(x.flatten(1))))
+        return out
