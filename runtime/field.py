@@ -22,7 +22,7 @@ def _barrett(p: int) -> int:
 
 
 @njit(nogil=True, cache=True)
-def reduce_draws(draws: Array, bound: int, limit: int, out: Array) -> list[int]:
+def reduce_draws(draws: Array, bound: int, limit: int, out: Array) -> Array:
     """out = draws mod bound (16-bit draws, bound <= 256); returns the positions of the draws to reject."""
     n = draws.size
     b, inverse = np.uint32(bound), np.uint32(65536 // bound)
@@ -31,7 +31,7 @@ def reduce_draws(draws: Array, bound: int, limit: int, out: Array) -> list[int]:
         q = np.uint32(np.uint32(a * inverse) >> np.uint32(16))  # the quotient, or one less
         r = np.uint32(a - np.uint32(q * b))
         out[i] = np.uint8(r - b if r >= b else r)
-    rejected = [0 for _ in range(0)]
+    found = [0 for _ in range(0)]
     if limit < 65536:
         last = np.uint16(limit - 1)
         for begin in range(0, n, _BLOCK):
@@ -42,8 +42,8 @@ def reduce_draws(draws: Array, bound: int, limit: int, out: Array) -> list[int]:
             if over != 0:
                 for e in range(block.size):
                     if block[e] > last:
-                        rejected.append(begin + e)
-    return rejected
+                        found.append(begin + e)
+    return np.array(found, dtype=np.int64)
 
 
 @njit(nogil=True, cache=True)

@@ -9,15 +9,24 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from itertools import combinations
+from typing import Any
 
+import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from numpy.typing import NDArray
 
 from tacit.ir.cost import CLIENT, OWNER, P0, P1, P2
 from tacit.runtime import field
 
 KEY_BYTES = 16
-_ZEROS = bytes(1 << 20)
+_ZEROS = memoryview(bytes(1 << 20))
+_WORDS: dict[torch.dtype, type[np.generic]] = {
+    torch.uint8: np.uint8,
+    torch.uint16: np.uint16,
+    torch.uint32: np.uint32,
+    torch.int64: np.int64,
+}
 # Who shares a key with whom; P2 also has one of its own. It holds neither k01 nor a key of the roles outside.
 PAIRS = (*combinations((P0, P1, P2), 2), (P2, P2), (P0, CLIENT), (P0, OWNER))
 
@@ -41,9 +50,12 @@ class Stream:
         nonce = batch.to_bytes(4, "big") + node.to_bytes(4, "big") + bytes(8)
         self._cipher = Cipher(algorithms.AES(key), modes.CTR(nonce)).encryptor()
 
-    def fill(self, out: torch.Tensor) -> torch.Tensor:
-        """Overwrite a contiguous tensor with random bytes."""
-        view = memoryview(out.view(-1).view(torch.uint8).numpy().data)
+    def _draw(self, shape: Iterable[int], dtype: type[np.generic]) -> NDArray[Any]:
+        """Uniform words of a numpy type. numpy rather than torch: at batch 1 the calls are what costs."""
+        out = np.empty(tuple(shape), dtype)
+        if out.size == 0:
+            return out
+        view = out.reshape(-1).data.cast("B")
         for begin in range(0, len(view), len(_ZEROS)):
             part = view[begin : begin + len(_ZEROS)]
             self._cipher.update_into(_ZEROS[: len(part)] if len(part) < len(_ZEROS) else _ZEROS, part)
@@ -51,24 +63,28 @@ class Stream:
 
     def ring(self, shape: Iterable[int]) -> torch.Tensor:
         """Uniform on Z_2^64, as int64."""
-        return self.fill(torch.empty(tuple(shape), dtype=torch.int64))
+        return torch.from_numpy(self._draw(shape, np.int64))
 
     def words(self, shape: Iterable[int], dtype: torch.dtype) -> torch.Tensor:
         """Uniform on Z_2^8, Z_2^16, Z_2^32 or Z_2^64, after the dtype."""
-        return self.fill(torch.empty(tuple(shape), dtype=dtype))
+        return torch.from_numpy(self._draw(shape, _WORDS[dtype]))
 
     def bits(self, shape: Iterable[int]) -> torch.Tensor:
         """Uniform bits, one to a byte."""
-        return self.fill(torch.empty(tuple(shape), dtype=torch.uint8)).bitwise_and_(1)
+        drawn = self._draw(shape, np.uint8)
+        np.bitwise_and(drawn, 1, out=drawn)
+        return torch.from_numpy(drawn)
 
     def below(self, bound: int, shape: Iterable[int]) -> torch.Tensor:
         """Uniform on {0, ..., bound - 1} for a bound up to 256, as uint8: exact, by rejection."""
-        out = torch.empty(tuple(shape), dtype=torch.uint8)
-        draws = self.words(out.shape, torch.uint16)
-        limit = 65536 - 65536 % bound
-        rejected = field.reduce_draws(draws.view(-1).numpy(), bound, limit, out.view(-1).numpy())
-        if rejected:  # at most one draw in 256, drawn again in the same way
-            out.view(-1)[torch.tensor(rejected)] = self.below(bound, (len(rejected),))
+        return torch.from_numpy(self._below(bound, shape))
+
+    def _below(self, bound: int, shape: Iterable[int]) -> NDArray[Any]:
+        draws = self._draw(shape, np.uint16)
+        out = np.empty(draws.shape, np.uint8)
+        rejected = field.reduce_draws(draws.reshape(-1), bound, 65536 - 65536 % bound, out.reshape(-1))
+        if len(rejected):  # at most one draw in 256, drawn again in the same way
+            out.reshape(-1)[rejected] = self._below(bound, (len(rejected),))
         return out
 
     def nonzero(self, p: int, shape: Iterable[int]) -> torch.Tensor:

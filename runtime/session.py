@@ -31,6 +31,7 @@ Tensor = torch.Tensor
 PARTIES = (P0, P1, P2)
 _EVERYONE = tuple(range(len(ROLES)))
 _MAX_BATCHES = 1 << 32
+_SMALL_BATCH = 2
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,10 @@ class Session:
         nodes = [n for n in self.plan.nodes if not n.op.session]
         material: dict[int, dict[str, list[Material]]] = {rank: {} for rank in _EVERYONE}
         meter, begin = self.network.start_phase(), time.perf_counter()
-        found = self._together({rank: self._dealing(nodes, rank, batch_id, batch, material[rank]) for rank in PARTIES})
+        # Dealing goes one way, from P2: P0 and P1 never keep it waiting, so the parties may also take turns. Where
+        # there is little to compute, that is faster than three threads that share one interpreter.
+        jobs = {rank: self._dealing(nodes, rank, batch_id, batch, material[rank]) for rank in (P2, P0, P1)}
+        found = self._together(jobs, in_turn=batch <= _SMALL_BATCH)
         return Dealt(batch_id, batch, material, found, meter, time.perf_counter() - begin)
 
     def infer(
@@ -213,8 +217,8 @@ class Session:
             self._types[key] = tuple(t.at(batch) for t in self.plan.arg_types(node)), node.type.at(batch)
         return self._types[key]
 
-    def _together(self, jobs: Mapping[int, Callable[[], Any]]) -> dict[int, Any]:
-        """Run the jobs of all parties at once; the first failure wakes and ends the others."""
+    def _together(self, jobs: Mapping[int, Callable[[], Any]], *, in_turn: bool = False) -> dict[int, Any]:
+        """Run the jobs of all parties at once, or in turn; the first failure wakes and ends the others."""
         if self._broken:
             raise ProtocolError(f"this session ended with an error before ({self._broken}); open a new one")
         failures: list[tuple[int, BaseException]] = []
@@ -229,8 +233,9 @@ class Session:
                 self.network.fail(f"{ROLES[rank]} failed")
                 return None
 
-        pending = {rank: self._pool.submit(guarded, rank) for rank in jobs if rank in PARTIES}
-        results = {rank: guarded(rank) for rank in jobs if rank not in PARTIES}
+        threads = () if in_turn else PARTIES
+        pending = {rank: self._pool.submit(guarded, rank) for rank in jobs if rank in threads}
+        results = {rank: guarded(rank) for rank in jobs if rank not in threads}
         results |= {rank: future.result() for rank, future in pending.items()}
         if failures:
             rank, error = failures[0]

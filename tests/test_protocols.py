@@ -230,7 +230,7 @@ def test_rejected_draws_are_drawn_again() -> None:
     for bound in (2, 3, 28, 66, 67, 200, 256):
         limit, out = 65536 - 65536 % bound, np.empty(65536, np.uint8)
         rejected = field.reduce_draws(draws, bound, limit, out)
-        assert rejected == list(range(limit, 65536))
+        assert rejected.tolist() == list(range(limit, 65536))
         assert np.array_equal(out, (draws % bound).astype(np.uint8))
 
 
