@@ -175,6 +175,15 @@ def test_odd_ring_arithmetic(pairs: list[tuple[int, int]]) -> None:
         assert carry == ((x % 2**64) + (y % 2**64) >= 2**64)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 8, 9, 64, 67])
+@pytest.mark.parametrize("columns", [1, 7, 31, 32, 33, 100, 1025])
+def test_ring_product_wraps_and_is_exact(rows: int, columns: int) -> None:
+    for inner in (1, 2, 7, 8, 9, 50):
+        x, w = stream(rows).ring((rows, inner)), stream(columns, node=inner).ring((inner, columns))
+        assert torch.equal(ring.matmul(x, w), x @ w)
+        assert torch.equal(ring.linear(x, ring.column_major(w.t())), x @ w)
+
+
 def test_integer_convolution_and_pooling_agree_with_torch() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(-1000, 1000, (2, 4, 9, 8), generator=generator)
