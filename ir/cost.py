@@ -82,7 +82,9 @@ def small_ring(bits: int) -> Element:
 
 
 def prime_field(p: int) -> Element:
-    """Z_p: three elements to a 16-bit word where five bits are enough for one, else a byte each."""
+    """Z_p: two elements to a byte for p < 16, three to a 16-bit word for p < 32, else a byte each."""
+    if p < 16:
+        return Element(f"Z_{p}", per_word=2, word_bytes=1)
     return Element(f"Z_{p}", per_word=3, word_bytes=2) if p < 32 else Element(f"Z_{p}", word_bytes=1)
 
 

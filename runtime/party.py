@@ -12,7 +12,23 @@ from typing import Any
 
 import torch
 
-from tacit.ir.cost import BIT, COMMON, DEALT, ODD_RING, P0, P1, P2, PRF, RING, SENT, Element, Randomness, prime_field
+from tacit.ir.cost import (
+    BIT,
+    BYTE,
+    COMMON,
+    DEALT,
+    ODD_RING,
+    P0,
+    P1,
+    P2,
+    PRF,
+    RING,
+    SENT,
+    Element,
+    Randomness,
+    prime_field,
+)
+from tacit.ir.digits import Digits
 from tacit.ir.op import Material, Program, Received, Round, Spec
 from tacit.ir.plan import Node, Plan, Schedule
 from tacit.ir.types import Shape, Type
@@ -95,22 +111,21 @@ class Party:
         self.channel.send(P1, [(value - share0.to(torch.int64)).to(dtype)])
         return None
 
-    def share_bits(
-        self, r: Tensor | None, low: int, bits: int, n: int, p: int, *, source: str = DEALT
-    ) -> Tensor | None:
-        """P2 shares bits low, low + 1, ... of r over Z_p: (bits, n), position-major."""
-        self._note("bits", (bits, n), prime_field(p), source)
-        spec = Spec(*self.field.packed_shape(bits, n, p))
+    def share_digits(self, r: Tensor | None, low: int, digits: Digits, n: int, *, source: str = DEALT) -> Tensor | None:
+        """P2 shares bits low, low + 1, ... of r over Z_p, digit by digit in thermometer code: (rows, n)."""
+        rows, p = digits.rows, digits.p
+        self._note("bits", (rows, n), prime_field(p), source)
+        spec = Spec(*self.field.packed_shape(rows, n, p))
         if self.rank == P1 or (self.rank == P0 and source == SENT):
-            received: Tensor = self.field.unpack(self.channel.recv(P2, [spec])[0], bits, p)
+            received: Tensor = self.field.unpack(self.channel.recv(P2, [spec])[0], rows, p)
             return received
         if self.rank == P0:
-            return self.prf(P2).below(p, (bits, n))
+            return self.prf(P2).below(p, (rows, n))
         assert r is not None
-        share0 = (self.own() if source == SENT else self.prf(P0)).below(p, (bits, n))
+        share0 = (self.own() if source == SENT else self.prf(P0)).below(p, (rows, n))
         if source == SENT:
             self.channel.send(P0, [self.field.pack(share0, p)])
-        self.channel.send(P1, [self.field.pack(self.field.bit_corrections(r, low, share0, p), p)])
+        self.channel.send(P1, [self.field.pack(self.field.digit_corrections(r, low, digits, share0), p)])
         return None
 
     def send_shares(self, kind: str, shape: Shape, value: Tensor | None, *, odd: bool = False) -> Tensor | None:
@@ -134,7 +149,22 @@ class Party:
     def common(self, kind: str, shape: Shape, element: Element, draw: Callable[[Stream], Tensor]) -> Tensor | None:
         """A value that P0 and P1 draw alike and P2 does not know."""
         self._note(kind, shape, element, COMMON)
-        return None if self.rank == P2 else draw(self.prf(P1 if self.rank == P0 else P0))
+        return None if self.rank == P2 else draw(self._common_stream())
+
+    def common_blinding(self, digits: Digits, n: int) -> Material:
+        """What P0 and P1 draw alike for a PrivateCompare of n elements, fresh for every position and element."""
+        shape, element = (digits.positions, n), prime_field(digits.p)
+        for kind in ("s", "z"):
+            self._note(kind, shape, element, COMMON)
+        drawn = () if self.rank == P2 else self._common_stream().blinding(digits.p, shape)
+        beta = self.common("beta", (n,), BIT, lambda stream: stream.bits((n,)))
+        shift = self.common("shift", (n,), BYTE, lambda stream: stream.below(digits.positions, (n,)))
+        if beta is None or shift is None:
+            return {}
+        return {"s": drawn[0], "z": drawn[1], "beta": beta, "shift": shift}
+
+    def _common_stream(self) -> Stream:
+        return self.prf(P1 if self.rank == P0 else P0)
 
     def common_bits(self, kind: str, n: int) -> Tensor | None:
         return self.common(kind, (n,), BIT, lambda stream: stream.bits((n,)))

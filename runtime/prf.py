@@ -6,6 +6,7 @@ Every pair of parties has a key. A stream is bound to (key, batch, node), each w
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from itertools import combinations
@@ -31,6 +32,12 @@ _WORDS: dict[torch.dtype, type[np.generic]] = {
 PAIRS = (*combinations((P0, P1, P2), 2), (P2, P2), (P0, CLIENT), (P0, OWNER))
 
 Keys = dict[tuple[int, int], bytes]
+_MOST_REJECTED = 0.02
+
+
+def _per_draw(bound: int) -> int:
+    """How many numbers below the bound to take from one 16-bit draw: few draws, and few of them rejected."""
+    return next(k for k in (3, 2, 1) if k == 1 or (65536 % bound**k <= _MOST_REJECTED * 65536 and bound**k <= 65536))
 
 
 def fresh_keys() -> Keys:
@@ -77,19 +84,27 @@ class Stream:
 
     def below(self, bound: int, shape: Iterable[int]) -> torch.Tensor:
         """Uniform on {0, ..., bound - 1} for a bound up to 256, as uint8: exact, by rejection."""
-        return torch.from_numpy(self._below(bound, shape))
+        shape = tuple(shape)
+        count = _per_draw(bound)
+        drawn = self._residues((bound,) * count, -(-math.prod(shape) // count))
+        return torch.from_numpy(drawn.reshape(-1)[: math.prod(shape)].reshape(shape))
 
-    def _below(self, bound: int, shape: Iterable[int]) -> NDArray[Any]:
-        draws = self._draw(shape, np.uint16)
-        out = np.empty(draws.shape, np.uint8)
-        rejected = field.reduce_draws(draws.reshape(-1), bound, 65536 - 65536 % bound, out.reshape(-1))
-        if len(rejected):  # at most one draw in 256, drawn again in the same way
-            out.reshape(-1)[rejected] = self._below(bound, (len(rejected),))
+    def blinding(self, p: int, shape: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """A multiplier, uniform on {1, ..., p - 1}, and a share of zero, uniform on Z_p, from every draw; uint8."""
+        shape = tuple(shape)
+        drawn = self._residues((p - 1, p), math.prod(shape)).reshape(2, *shape)
+        multiplier = drawn[0]
+        np.add(multiplier, 1, out=multiplier)
+        return torch.from_numpy(multiplier), torch.from_numpy(drawn[1])
+
+    def _residues(self, bounds: tuple[int, ...], count: int) -> NDArray[Any]:
+        """(len(bounds), count): row k uniform below bounds[k], all from one 16-bit draw each, by rejection."""
+        draws, out = self._draw((count,), np.uint16), np.empty((len(bounds), count), np.uint8)
+        product = math.prod(bounds)
+        rejected = field.split_draws(draws, np.array(bounds, np.uint16), 65536 - 65536 % product, out)
+        if len(rejected):
+            out[:, rejected] = self._residues(bounds, len(rejected))
         return out
-
-    def nonzero(self, p: int, shape: Iterable[int]) -> torch.Tensor:
-        """Uniform on {1, ..., p - 1}, as uint8."""
-        return self.below(p - 1, shape).add_(1)
 
     def odd_ring(self, shape: Iterable[int]) -> torch.Tensor:
         """Uniform on {0, ..., 2^64 - 2}: -1 as int64 is redrawn."""

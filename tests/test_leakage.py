@@ -10,9 +10,9 @@ from harness import fixed_keys, params, samples, single
 from scipy.stats import chisquare
 
 from tacit.ir.cost import CLIENT, P0, P1, P2, ROLES
+from tacit.ir.digits import Digits, prime_for
 from tacit.ir.errors import ProtocolError
 from tacit.ir.op import Level, Sample
-from tacit.ir.ops.comparison import prime_for
 from tacit.ir.ops.nonlinear import ReLU
 from tacit.ir.plan import Plan
 from tacit.ir.types import Batch, Type
@@ -128,13 +128,14 @@ def test_p2_receives_nothing_but_blinded_vectors() -> None:
 
 # --- the attack on PrivateCompare without refresh ---
 
-WINDOW = 11
+WINDOW = 15
 ATTACKED = Sample(ReLU(window=WINDOW), (Type("secret", (Batch(),), 0, WINDOW),))
 
 
 def recovered(session: Session, dealt: Dealt, material: dict[str, Tensor]) -> list[int]:
     """P2's attack: it dealt both shares of the bits, so s d0 : s d1 tells c wherever s is all that hides d."""
-    p, bits = prime_field_of(WINDOW - 1)
+    digits = Digits(WINDOW - 1)
+    bits, positions, p = digits.bits, digits.positions, digits.p
     (d0,), (d1,) = (
         [
             t
@@ -144,33 +145,29 @@ def recovered(session: Session, dealt: Dealt, material: dict[str, Tensor]) -> li
         ]
         for rank in (P0, P1)
     )
-    v0, v1 = (field.unpack(d, bits + 1, p).long() for d in (d0, d1))
-    ones = torch.ones(bits + 1, 1, dtype=torch.uint8)
+    v0, v1 = (field.unpack(d, positions, p).long() for d in (d0, d1))
+    ones = torch.ones(positions, 1, dtype=torch.uint8)
     candidates = torch.arange(1 << bits)
     n, guesses = v0.shape[1], []
     for e in range(n):
         fits = []
         for beta in (0, 1):
             count = len(candidates)
-            blank = torch.zeros(bits + 1, count, dtype=torch.uint8)
+            blank = torch.zeros(positions, count, dtype=torch.uint8)
             flip, still = torch.full((count,), beta, dtype=torch.uint8), torch.zeros(count, dtype=torch.uint8)
             shares = [material[f"bits{j}"][:, e : e + 1].expand(-1, count).contiguous() for j in (0, 1)]
             plain = [
                 field.blind(
-                    candidates, 0, shares[j], ones.expand(-1, count).contiguous(), blank, flip, still, j, p
+                    candidates, 0, digits, shares[j], ones.expand(-1, count).contiguous(), blank, flip, still, j
                 ).long()
                 for j in (0, 1)
             ]
-            for shift in range(bits + 1):
+            for shift in range(positions):
                 seen0, seen1 = (torch.roll(v[:, e], -shift).unsqueeze(1) for v in (v0, v1))
                 same = ((seen0 * plain[1] - seen1 * plain[0]) % p == 0).all(0)
                 fits += candidates[same].tolist()
         guesses.append(fits[0] if len(set(fits)) == 1 else -1)
     return guesses
-
-
-def prime_field_of(bits: int) -> tuple[int, int]:
-    return prime_for(bits), bits
 
 
 def attack(*, refresh: bool) -> tuple[list[int], list[int]]:
@@ -197,7 +194,7 @@ def attack(*, refresh: bool) -> tuple[list[int], list[int]]:
 
 def test_the_published_attack_breaks_a_copy_without_refresh() -> None:
     guessed, truth = attack(refresh=False)
-    assert sum(g == t for g, t in zip(guessed, truth, strict=True)) >= 18
+    assert sum(g == t for g, t in zip(guessed, truth, strict=True)) >= 12  # the others fit several inputs
 
 
 def test_the_published_attack_fails_against_ours() -> None:
@@ -218,7 +215,7 @@ def relu_material(batch: int = 4000) -> tuple[dict[str, Tensor], dict[str, Tenso
 def test_blinding_is_fresh_for_every_position_and_element() -> None:
     ours, theirs = relu_material(200)
     positions = ours["s"].shape[0]
-    p = prime_for(positions - 1)
+    p = prime_for(positions)
     for key in ("s", "z", "beta", "shift"):
         assert torch.equal(ours[key], theirs[key])
     assert uniform(ours["beta"], 2) and uniform(ours["shift"], positions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from tacit.ir.cost import P0, P1, P2
-from tacit.ir.ops.comparison import _PRIMES, prime_for
+from tacit.ir.digits import _PRIMES, Digits, prime_for
 from tacit.runtime import field, prf, ring
 from tacit.runtime.prf import Stream
 
@@ -82,10 +83,11 @@ def test_share_conversion_and_msb_identities_on_a_small_odd_ring() -> None:
 # --- kernels ---
 
 
+@pytest.mark.parametrize("digit_bits", [1, 2])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 19, 27, 28, 29, 40, 63, 64])
-def test_private_compare_is_exact(bits: int) -> None:
+def test_private_compare_is_exact(bits: int, digit_bits: int) -> None:
     """All pairs for up to five bits, else random ones with equal and neighbouring values among them."""
-    p, s = prime_for(bits), stream(bits)
+    digits, s = Digits(bits, digit_bits), stream(bits)
     if bits <= 5:
         pairs = torch.tensor(list(itertools.product(range(1 << bits), repeat=2)))
         c, r = pairs[:, 0].repeat(8), pairs[:, 1].repeat(8)
@@ -94,24 +96,38 @@ def test_private_compare_is_exact(bits: int) -> None:
         r[:1000] = c[:1000] + torch.randint(-1, 2, (1000,), generator=torch.Generator().manual_seed(0))
     n, low = len(c), 3 if bits <= 40 else 0
     c, r = (c << low, r << low) if bits <= 5 else (c, r)
-    share0 = s.below(p, (bits, n))
-    share1 = field.bit_corrections(r, low, share0, p)
-    common = (s.nonzero(p, (bits + 1, n)), s.below(p, (bits + 1, n)), s.bits((n,)), s.below(bits + 1, (n,)))
-    d0 = field.blind(c, low, share0, *common, 0, p)
-    d1 = field.blind(c, low, share1, *common, 1, p)
+    share0 = s.below(digits.p, (digits.rows, n))
+    share1 = field.digit_corrections(r, low, digits, share0)
+    common = (*s.blinding(digits.p, (digits.positions, n)), s.bits((n,)), s.below(digits.positions, (n,)))
+    d0 = field.blind(c, low, digits, share0, *common, 0)
+    d1 = field.blind(c, low, digits, share1, *common, 1)
     mask = np.uint64((1 << bits) - 1)
     left, right = ((v.numpy().view(np.uint64) >> np.uint64(low)) & mask for v in (c, r))
-    zeros = ((d0.int() + d1.int()) % p == 0).sum(0)
+    zeros = ((d0.int() + d1.int()) % digits.p == 0).sum(0)
     assert int(zeros.max()) <= 1
-    assert np.array_equal(field.has_zero(d0, d1, p).numpy(), (left < right) ^ common[2].numpy().astype(bool))
+    found = field.has_zero(field.pack(d0, digits.p), field.pack(d1, digits.p), digits.positions, digits.p)
+    assert np.array_equal(found.numpy(), (left < right) ^ common[2].numpy().astype(bool))
+
+
+@pytest.mark.parametrize("digit_bits", [1, 2])
+def test_a_shared_digit_is_its_thermometer_code(digit_bits: int) -> None:
+    digits, base = Digits(6, digit_bits), 1 << digit_bits
+    r = torch.arange(64)
+    code = field.digit_corrections(r, 0, digits, torch.zeros(digits.rows, 64, dtype=torch.uint8))
+    for row, ones in enumerate(code.tolist()):
+        position, level = divmod(row, base - 1)
+        assert ones == [int((v >> digit_bits * position) % base > level) for v in range(64)]
 
 
 def test_primes_leave_no_false_zero() -> None:
-    for bits in range(1, 65):
-        p = prime_for(bits)
-        assert p > bits + 2 and all(p % d for d in range(2, p))
-        assert not any(bits + 2 < q < p for q in _PRIMES)
-    assert [prime_for(b) for b in (63, 20, 24, 32)] == [67, 23, 29, 37]
+    """Every entry before blinding is 0 .. positions: 1 from its own digit, 1 from each above it."""
+    for bits, digit_bits in itertools.product(range(1, 65), (1, 2)):
+        digits = Digits(bits, digit_bits)
+        p = digits.p
+        assert p == prime_for(digits.positions) > digits.positions and all(p % d for d in range(2, p))
+        assert not any(digits.positions < q < p for q in _PRIMES)
+        assert digits.positions == math.ceil(bits / digit_bits)
+    assert [Digits(b, 1).p for b in (64, 20)] == [67, 23] and [Digits(b).p for b in (64, 36, 20)] == [37, 19, 11]
 
 
 def test_reduction_modulo_p_is_exact_for_every_product() -> None:
@@ -120,7 +136,7 @@ def test_reduction_modulo_p_is_exact_for_every_product() -> None:
         d, s = (v.reshape(-1).copy() for v in np.meshgrid(a, a))
         for z in (0, p - 1):
             fresh, out = np.full_like(d, z), np.empty_like(d)
-            field._hide(d, s, fresh, p, field._barrett(p), False, out)
+            field._hide(d, s, fresh, p, False, out)
             assert np.array_equal(out, (d.astype(int) * s + z) % p)
 
 
@@ -132,7 +148,8 @@ def test_field_packing_round_trip_and_size(p: int) -> None:
         assert torch.equal(field.unpack(packed, positions, p), values)
         shape, dtype = field.packed_shape(positions, 301, p)
         assert (tuple(packed.shape), packed.dtype) == (shape, dtype)
-        assert packed.nbytes == (-(-positions // 3) * 2 if p < 32 else positions) * 301
+        words = {2: -(-positions // 2), 3: -(-positions // 3) * 2, 1: positions}
+        assert packed.nbytes == words[2 if p < 16 else 3 if p < 32 else 1] * 301
 
 
 def test_bit_packing_takes_a_bit_for_a_bit() -> None:
@@ -233,18 +250,25 @@ def test_bounded_draws_are_uniform(bound: int) -> None:
     assert chisquare(counts).pvalue > 1e-6
 
 
-def test_rejected_draws_are_drawn_again() -> None:
+@pytest.mark.parametrize(
+    "bounds", [(2,), (3,), (66,), (67,), (200,), (256,), (11, 11, 11), (10, 11), (36, 37), (66, 67)]
+)
+def test_rejected_draws_are_drawn_again(bounds: tuple[int, ...]) -> None:
     """`draw mod bound` without rejection would favour small values; at 2^16 mod 66 that is visible in the draws."""
     draws = np.arange(65536, dtype=np.uint16)
-    for bound in (2, 3, 28, 66, 67, 200, 256):
-        limit, out = 65536 - 65536 % bound, np.empty(65536, np.uint8)
-        rejected = field.reduce_draws(draws, bound, limit, out)
-        assert rejected.tolist() == list(range(limit, 65536))
-        assert np.array_equal(out, (draws % bound).astype(np.uint8))
+    product = math.prod(bounds)
+    limit, out = 65536 - 65536 % product, np.empty((len(bounds), 65536), np.uint8)
+    rejected = field.split_draws(draws.copy(), np.array(bounds, np.uint16), limit, out)
+    assert rejected.tolist() == list(range(limit, 65536))
+    rest = draws.astype(int)
+    for row, bound in zip(out, bounds, strict=True):
+        assert np.array_equal(row, rest % bound)
+        rest = rest // bound
 
 
-def test_multipliers_are_uniform_and_never_zero() -> None:
-    for p in (23, 29, 67):
-        counts = torch.bincount(stream(p).nonzero(p, (200_000,)).long(), minlength=p)
-        assert counts[0] == 0 and len(counts) == p
-        assert chisquare(counts[1:]).pvalue > 1e-6
+@pytest.mark.parametrize("p", [5, 11, 13, 23, 37, 67])
+def test_multipliers_are_never_zero_and_independent_of_the_zero_shares(p: int) -> None:
+    s, z = (v.long() for v in stream(p).blinding(p, (2, 200_000)))
+    joint = torch.bincount(((s - 1) * p + z).reshape(-1), minlength=p * (p - 1))
+    assert int(s.min()) == 1 and len(joint) == p * (p - 1)
+    assert chisquare(joint).pvalue > 1e-6

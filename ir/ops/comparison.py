@@ -34,6 +34,7 @@ from tacit.ir.cost import (
     prime_field,
     small_ring,
 )
+from tacit.ir.digits import Digits
 from tacit.ir.op import Material, Program, Round, Spec, Subprotocol, expect
 from tacit.ir.types import RING_BITS, Shape, Type
 
@@ -44,16 +45,6 @@ Tensor = torch.Tensor
 # Truncation holds for -2^62 <= x < 2^62: a signed width of 63 bits.
 TRUNCATION_WIDTH = 63
 _OFFSET = 1 << 62
-_PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67)
-
-
-def prime_for(bits: int) -> int:
-    """The smallest prime that makes a comparison of that many bits free of false zeros.
-
-    With one appended position there are N = bits + 1 positions, and every entry is at most N + 1 before
-    blinding, so p > N + 1 is needed and enough (bits = 63: N = 64, p = 67).
-    """
-    return next(p for p in _PRIMES if p > bits + 2)
 
 
 @dataclass(frozen=True)
@@ -128,25 +119,16 @@ class Select(Subprotocol):
         return math.prod(self.shape)
 
     @property
-    def bits(self) -> int:
-        """How many bits are compared."""
-        return self.window - 1 - self.drop
-
-    @property
-    def p(self) -> int:
-        return prime_for(self.bits)
-
-    @property
-    def positions(self) -> int:
-        return self.bits + 1
+    def digits(self) -> Digits:
+        """What is compared."""
+        return Digits(self.window - 1 - self.drop)
 
     def randomness(self) -> tuple[Randomness, ...]:
-        p, n = self.p, self.n
         items = [Randomness("r", self.shape, RING, PRF)]
         if self.relu and self.truncate:
             small = small_ring(self.truncate)
             items += [Randomness("r shifted", self.shape, RING, DEALT), Randomness("r msb", self.shape, small, DEALT)]
-        items += [Randomness("bits", (self.bits, n), prime_field(p), DEALT), Randomness("rho", self.shape, RING, DEALT)]
+        items += [digits_of(self.digits, self.n), Randomness("rho", self.shape, RING, DEALT)]
         if self.relu:
             items.append(Randomness("rho r", self.shape, RING, DEALT))
         if self.relu and self.truncate:
@@ -156,18 +138,11 @@ class Select(Subprotocol):
                 Randomness("payload r", self.shape, RING, PRF),
                 Randomness("rho payload r", self.shape, RING, DEALT),
             ]
-        field = prime_field(p)
-        return (
-            *items,
-            Randomness("s", (self.positions, n), field, COMMON),
-            Randomness("z", (self.positions, n), field, COMMON),
-            Randomness("beta", (n,), BIT, COMMON),
-            Randomness("shift", (n,), BYTE, COMMON),
-        )
+        return (*items, *blinding_of(self.digits, self.n))
 
     def cost(self) -> Cost:
         opened = RING_BYTES * self.n * (1 + self.payloads)
-        blinded = prime_field(self.p).wire_bytes((self.positions, self.n))
+        blinded = prime_field(self.digits.p).wire_bytes((self.digits.positions, self.n))
         answer = packed_bits(self.n)
         return Cost(3, links(p0_p1=opened, p1_p0=opened, p0_p2=blinded, p1_p2=blinded, p2_p0=answer, p2_p1=answer))
 
@@ -177,7 +152,7 @@ class Select(Subprotocol):
         material: Material = {"r": r}
         if self.relu and self.truncate:
             material |= _share_truncation(party, r, shape, self.truncate)
-        shared = {"bits": party.share_bits(r if at_p2 else None, self.drop, self.bits, self.n, self.p)}
+        shared = {"bits": party.share_digits(r if at_p2 else None, self.drop, self.digits, self.n)}
         rho = party.own().bits(shape).long() if at_p2 else torch.empty(0)
         shared["rho"] = party.share("rho", shape, rho if at_p2 else None)
         if self.relu:
@@ -193,7 +168,7 @@ class Select(Subprotocol):
             mask = party.mask("payload r", shape)
             material[f"payload r {i}"] = mask
             shared[f"rho payload r {i}"] = party.share("rho payload r", shape, rho * mask if at_p2 else None)
-        blinding = draw_blinding(party, self.bits, self.n, self.p)
+        blinding = party.common_blinding(self.digits, self.n)
         if at_p2:
             return {"flip": party.ring.bit(r, self.window - 1) ^ rho.reshape(-1).to(torch.uint8)}
         return material | {k: v for k, v in shared.items() if v is not None} | blinding
@@ -209,7 +184,7 @@ class Select(Subprotocol):
         if self.drop:
             party.note_offset(c, self.drop)
         x_plus_r = c - _OFFSET if self.truncate else c
-        blinded = blind(party, material, x_plus_r, self.drop, self.p)
+        blinded = blind(party, material, x_plus_r, self.drop, self.digits)
         got = yield Round(send={P2: (blinded,)}, recv={P2: (Spec((packed_bits(self.n),), torch.uint8),)})
         flip = party.field.unpack_bits(got[P2][0], self.n)
         # DReLU = e xor v, where v = flip xor rho.
@@ -219,7 +194,7 @@ class Select(Subprotocol):
     def _help(self, party: Party, material: Material) -> Program:
         """P2: the openings pass it by; it sees blinded vectors and answers with masked bits."""
         yield Round()
-        zero = yield from find_zero(party, self.positions, self.n, self.p)
+        zero = yield from find_zero(party, self.digits, self.n)
         answer = party.field.pack_bits(zero ^ material["flip"])
         yield Round(send={P0: (answer,), P1: (answer,)})
         return (None,) * (self.relu + self.bit + self.payloads)
@@ -262,33 +237,36 @@ class Select(Subprotocol):
         return tuple(out)
 
 
-def draw_blinding(party: Party, bits: int, n: int, p: int) -> Material:
-    """What P0 and P1 draw alike for one PrivateCompare, fresh for every position and element."""
-    field, positions = prime_field(p), bits + 1
-    s = party.common("s", (positions, n), field, lambda stream: stream.nonzero(p, (positions, n)))
-    z = party.common("z", (positions, n), field, lambda stream: stream.below(p, (positions, n)))
-    beta = party.common("beta", (n,), BIT, lambda stream: stream.bits((n,)))
-    shift = party.common("shift", (n,), BYTE, lambda stream: stream.below(positions, (n,)))
-    if s is None or z is None or beta is None or shift is None:
-        return {}
-    return {"s": s, "z": z, "beta": beta, "shift": shift}
+def digits_of(digits: Digits, n: int, source: str = DEALT) -> Randomness:
+    """The shared digits of n masks."""
+    return Randomness("bits", (digits.rows, n), prime_field(digits.p), source)
 
 
-def blind(party: Party, material: Material, c: Tensor, low: int, p: int) -> Tensor:
+def blinding_of(digits: Digits, n: int) -> tuple[Randomness, ...]:
+    """What `Party.common_blinding` draws."""
+    shape, field = (digits.positions, n), prime_field(digits.p)
+    return (
+        Randomness("s", shape, field, COMMON),
+        Randomness("z", shape, field, COMMON),
+        Randomness("beta", (n,), BIT, COMMON),
+        Randomness("shift", (n,), BYTE, COMMON),
+    )
+
+
+def blind(party: Party, material: Material, c: Tensor, low: int, digits: Digits) -> Tensor:
     """PrivateCompare at P0 or P1: the packed vectors for P2."""
     entries = party.field.blind(
-        c, low, material["bits"], material["s"], material["z"], material["beta"], material["shift"], party.rank, p
+        c, low, digits, material["bits"], material["s"], material["z"], material["beta"], material["shift"], party.rank
     )
-    packed: Tensor = party.field.pack(entries, p)
+    packed: Tensor = party.field.pack(entries, digits.p)
     return packed
 
 
-def find_zero(party: Party, positions: int, n: int, p: int) -> Program:
+def find_zero(party: Party, digits: Digits, n: int) -> Program:
     """PrivateCompare at P2: receive both vectors; beta xor [c < r], one bit to a byte."""
-    spec = (Spec(*party.field.packed_shape(positions, n, p)),)
+    spec = (Spec(*party.field.packed_shape(digits.positions, n, digits.p)),)
     got = yield Round(recv={P0: spec, P1: spec})
-    d0, d1 = (party.field.unpack(got[party_][0], positions, p) for party_ in (P0, P1))
-    return party.field.has_zero(d0, d1, p)
+    return party.field.has_zero(got[P0][0], got[P1][0], digits.positions, digits.p)
 
 
 # How many bits a comparison must look at where it leaves out low ones: rounding up by 2^drop then stays

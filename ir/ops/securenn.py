@@ -2,9 +2,9 @@
 
 Weight masks are opened again in every inference, convolutions use the triple of the unfolded matrix, all
 64 bits are compared, max pool is a sequential chain that carries the index, and P2 sends shares to both
-parties where the paper counts it so. Two deviations, both for correctness: truncation is the dealer's,
-because the local one fails; and comparisons append a position (65 instead of 64), which removes the
-paper's corner cases at r = 2^64 - 1.
+parties where the paper counts it so. One deviation, for correctness: truncation is the dealer's, because
+the local one fails. The paper's corner cases at r = 2^64 - 1 are gone: the lowest position tests ">=" where
+the others test ">" (`tacit.runtime.field`).
 """
 
 from __future__ import annotations
@@ -15,26 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tacit.ir.cost import (
-    BIT,
-    BYTE,
-    COMMON,
-    DEALT,
-    ODD_RING,
-    P0,
-    P1,
-    P2,
-    PRF,
-    RING,
-    RING_BYTES,
-    SENT,
-    Cost,
-    Randomness,
-    links,
-    prime_field,
-)
+from tacit.ir.cost import COMMON, DEALT, ODD_RING, P0, P1, P2, PRF, RING, RING_BYTES, SENT, Cost, Randomness, links
+from tacit.ir.digits import Digits
 from tacit.ir.op import Level, Material, Program, Round, Sample, Spec, Subprotocol, expect
-from tacit.ir.ops.comparison import blind, draw_blinding, find_zero, prime_for
+from tacit.ir.ops.comparison import blind, blinding_of, digits_of, find_zero
 from tacit.ir.ops.linear import FixedConv2d, FixedLinear, FixedMul, Product
 from tacit.ir.ops.nonlinear import FixedArgmax, FixedEqual, FixedMaxPool2d, FixedReLU
 from tacit.ir.types import Batch, Shape, Type
@@ -45,8 +29,8 @@ if TYPE_CHECKING:
 Tensor = torch.Tensor
 _N = Batch()
 _BITS = 64
-_P = prime_for(_BITS)
-_FIELD = prime_field(_P)
+_DIGITS = Digits(_BITS, digit_bits=1)
+_P = _DIGITS.p
 # DReLU works on 2x, which must not wrap (and, being even, is never 2^64 - 1).
 _MAX_WIDTH = 62
 
@@ -102,13 +86,12 @@ class ShareConvert(Subprotocol):
             Randomness("r", n, RING, COMMON),
             Randomness("r share", n, RING, COMMON),
             Randomness("refresh", n, ODD_RING, COMMON),
-            *_blinding(self.n),
+            *blinding_of(_DIGITS, self.n),
         )
 
     def cost(self) -> Cost:
         ring, bits = RING_BYTES * self.n, _BITS * self.n
-        blinded = (_BITS + 1) * self.n
-        return Cost(4, links(p0_p2=ring + blinded, p1_p2=ring + blinded, p2_p0=bits + 2 * ring, p2_p1=bits + 2 * ring))
+        return Cost(4, links(p0_p2=ring + bits, p1_p2=ring + bits, p2_p0=bits + 2 * ring, p2_p1=bits + 2 * ring))
 
     def deal(self, party: Party) -> Material:
         n = (self.n,)
@@ -117,7 +100,7 @@ class ShareConvert(Subprotocol):
             "r0": party.common("r share", n, RING, lambda stream: stream.ring(n)),
             "refresh": party.common("refresh", n, ODD_RING, lambda stream: stream.odd_ring(n)),
         }
-        return {k: v for k, v in drawn.items() if v is not None} | draw_blinding(party, _BITS, self.n, _P)
+        return {k: v for k, v in drawn.items() if v is not None} | party.common_blinding(_DIGITS, self.n)
 
     def run(self, party: Party, material: Material, *values: Any) -> Program:
         if party.rank == P2:
@@ -134,7 +117,7 @@ class ShareConvert(Subprotocol):
         # x >= r is not [x < r], and [x < r] = [~r < ~x]: the complement of a shared bit is local.
         complement = (int(party.first) + _P - bits.long()).remainder(_P).to(torch.uint8)
         flip = material["beta"]
-        yield Round(send={P2: (blind(party, material | {"bits": complement}, ~r, 0, _P),)})
+        yield Round(send={P2: (blind(party, material | {"bits": complement}, ~r, 0, _DIGITS),)})
         got = yield Round(recv={P2: (ring_spec,)})
         # P2 learned [x < r] xor flip: eta = [x >= r] = eta' xor eta'' with eta'' = 1 xor flip.
         eta = _odd_xor(ring, got[P2][0], 1 - flip.long(), first=party.first)
@@ -151,9 +134,9 @@ class ShareConvert(Subprotocol):
         x = got[P0][0] + got[P1][0]
         delta = party.split(party.ring.carries(got[P0][0], got[P1][0]), odd=True)
         bits0 = party.own().below(_P, (_BITS, self.n))
-        bits1 = party.field.bit_corrections(x, 0, bits0, _P)
+        bits1 = party.field.digit_corrections(x, 0, _DIGITS, bits0)
         yield Round(send={P0: (bits0, delta[0]), P1: (bits1, delta[1])})
-        less = yield from find_zero(party, _BITS + 1, self.n, _P)
+        less = yield from find_zero(party, _DIGITS, self.n)
         eta = party.split(less.long(), odd=True)
         yield Round(send={P0: (eta[0],), P1: (eta[1],)})
         return None
@@ -172,15 +155,6 @@ def _odd_xor(ring: Any, shared: Tensor, public: Tensor, *, first: bool) -> Tenso
     return torch.where(public == 1, flipped, shared)
 
 
-def _blinding(n: int) -> tuple[Randomness, ...]:
-    return (
-        Randomness("s", (_BITS + 1, n), _FIELD, COMMON),
-        Randomness("z", (_BITS + 1, n), _FIELD, COMMON),
-        Randomness("beta", (n,), BIT, COMMON),
-        Randomness("shift", (n,), BYTE, COMMON),
-    )
-
-
 @dataclass(frozen=True)
 class ComputeMSB(Subprotocol):
     """The top bit of a shared number of Z_{2^64 - 1}, shared in Z_2^64: msb(a) = lsb(2a) in an odd ring."""
@@ -195,15 +169,15 @@ class ComputeMSB(Subprotocol):
         n = (self.n,)
         return (
             Randomness("x", n, ODD_RING, SENT),
-            Randomness("bits", (_BITS, self.n), _FIELD, SENT),
+            digits_of(_DIGITS, self.n, SENT),
             Randomness("x lsb", n, RING, SENT),
             Randomness("refresh", n, RING, COMMON),
-            *_blinding(self.n),
+            *blinding_of(_DIGITS, self.n),
             *self._product.randomness(),
         )
 
     def cost(self) -> Cost:
-        ring, blinded = RING_BYTES * self.n, (_BITS + 1) * self.n
+        ring, blinded = RING_BYTES * self.n, _BITS * self.n
         own = Cost(3, links(p0_p1=ring, p1_p0=ring, p0_p2=blinded, p1_p2=blinded, p2_p0=ring, p2_p1=ring))
         return own + self._product.cost()
 
@@ -211,10 +185,10 @@ class ComputeMSB(Subprotocol):
         n, at_p2 = (self.n,), party.rank == P2
         x = party.own().odd_ring(n) if at_p2 else None
         share = party.send_shares("x", n, x, odd=True)
-        bits = party.share_bits(x, 0, _BITS, self.n, _P, source=SENT)
+        bits = party.share_digits(x, 0, _DIGITS, self.n, source=SENT)
         lsb = party.send_shares("x lsb", n, None if x is None else x & 1)
         fresh = party.common("refresh", n, RING, lambda stream: stream.ring(n))
-        blinding = draw_blinding(party, _BITS, self.n, _P)
+        blinding = party.common_blinding(_DIGITS, self.n)
         triple = self._product.deal(party)
         if share is None or bits is None or lsb is None or fresh is None:
             return {}
@@ -224,7 +198,7 @@ class ComputeMSB(Subprotocol):
         ring = party.ring
         if party.rank == P2:
             yield Round()
-            less = yield from find_zero(party, _BITS + 1, self.n, _P)
+            less = yield from find_zero(party, _DIGITS, self.n)
             beta = party.split(less.long())
             yield Round(send={P0: (beta[0],), P1: (beta[1],)})
             return (yield from self._product.run(party, material))
@@ -233,7 +207,7 @@ class ComputeMSB(Subprotocol):
         peer, spec = (P1 if party.first else P0), (Spec((self.n,), torch.int64),)
         got = yield Round(send={peer: (share,)}, recv={peer: spec})
         r = ring.odd_add(share, got[peer][0])
-        yield Round(send={P2: (blind(party, material, r, 0, _P),)})
+        yield Round(send={P2: (blind(party, material, r, 0, _DIGITS),)})
         got = yield Round(recv={P2: spec})
         # lsb(2a) = lsb(r) xor lsb(x) xor [r < x], because the modulus is odd.
         gamma = _xor(got[P2][0], material["beta"].long(), first=party.first)
