@@ -9,8 +9,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,9 +69,18 @@ class Trace:
     offsets: dict[str, list[Tensor]]
 
 
-def _one_thread() -> None:
-    """A party has one core: torch's own threads would only get in the way of the other parties."""
+@contextmanager
+def _one_core() -> Iterator[None]:
+    """The roles that act in the caller's thread have one core too, whatever torch was told to use there.
+
+    torch's own threads spin while they wait for one another: beside the parties they cost milliseconds.
+    """
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Session:
@@ -87,7 +97,9 @@ class Session:
         self._weights = weights
         self._shared: dict[int, Values] = {rank: {} for rank in _EVERYONE}
         self._types: dict[tuple[str, int], tuple[tuple[Type, ...], Type]] = {}
-        self._pool = ThreadPoolExecutor(len(PARTIES), thread_name_prefix="party", initializer=_one_thread)
+        self._pool = ThreadPoolExecutor(
+            len(PARTIES), thread_name_prefix="party", initializer=torch.set_num_threads, initargs=(1,)
+        )
         self._next_batch = 1  # batch 0 is the session's own part
         self._broken: str | None = None
         self.weight_meter = self._open()
@@ -235,7 +247,8 @@ class Session:
 
         threads = () if in_turn else PARTIES
         pending = {rank: self._pool.submit(guarded, rank) for rank in jobs if rank in threads}
-        results = {rank: guarded(rank) for rank in jobs if rank not in threads}
+        with _one_core():
+            results = {rank: guarded(rank) for rank in jobs if rank not in threads}
         results |= {rank: future.result() for rank, future in pending.items()}
         if failures:
             rank, error = failures[0]
