@@ -108,7 +108,7 @@ class Party:
         if self.rank == P0:
             return share0
         assert value is not None
-        self.channel.send(P1, [(value - share0.to(torch.int64)).to(dtype)])
+        self.channel.send(P1, [self.ring.correction(value, share0)])
         return None
 
     def share_digits(self, r: Tensor | None, low: int, digits: Digits, n: int, *, source: str = DEALT) -> Tensor | None:

@@ -253,14 +253,52 @@ def bit_share(rho: Tensor, flip: Tensor, e: Tensor, *, first: bool) -> Tensor:
     return (1 - 2 * public) * rho + (public if first else 0)
 
 
+@njit(nogil=True, cache=True)
+def _bit(value: Array, position: int, out: Array) -> None:
+    shift = np.uint64(position)
+    for i in range(out.size):
+        out[i] = np.uint8((value[i] >> shift) & np.uint64(1))
+
+
 def bit(value: Tensor, position: int) -> Tensor:
     """One bit of every element, flat, as uint8."""
-    return ((value.reshape(-1) >> position) & 1).to(torch.uint8)
+    out = torch.empty(value.numel(), dtype=torch.uint8)
+    _bit(_u64(value), position, out.numpy())
+    return out
+
+
+@njit(nogil=True, cache=True)
+def _shift_right(value: Array, bits: int, out: Array) -> None:
+    shift = np.uint64(bits)
+    for i in range(out.size):
+        out[i] = value[i] >> shift
 
 
 def shift_right(value: Tensor, bits: int) -> Tensor:
     """The unsigned value divided by 2^bits, rounded down."""
-    return (value >> bits) & wrapped((1 << (64 - bits)) - 1)
+    out = torch.empty_like(value)
+    _shift_right(_u64(value), bits, _u64(out))
+    return out
+
+
+@njit(nogil=True, cache=True)
+def _gate(bits: Array, value: Array, out: Array) -> None:
+    for i in range(out.size):
+        out[i] = value[i] & (np.uint64(0) - np.uint64(bits[i]))
+
+
+def gate(bits: Tensor, value: Tensor) -> Tensor:
+    """The value where the bit is 1, else 0; the bits are flat, as uint8."""
+    out = torch.empty_like(value)
+    _gate(bits.reshape(-1).numpy(), _u64(value), _u64(out))
+    return out
+
+
+def correction(value: Tensor, share0: Tensor) -> Tensor:
+    """value - share0 in the ring of the share's dtype; the share is overwritten."""
+    taken = share0.numpy()
+    np.subtract(value.numpy(), taken, out=taken, casting="unsafe", dtype=taken.dtype)
+    return share0
 
 
 def low_bits(value: Tensor, bits: int) -> Tensor:

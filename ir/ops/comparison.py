@@ -89,7 +89,7 @@ def _share_truncation(party: Party, r: Tensor, shape: Shape, bits: int) -> Mater
     element = small_ring(bits)
     dtype = party.ring.SMALL_DTYPES[element.word_bytes]
     msb = party.share(
-        "r msb", shape, party.ring.bit(r, 63).view(shape).long() if at_p2 else None, element=element, dtype=dtype
+        "r msb", shape, party.ring.bit(r, 63).view(shape) if at_p2 else None, element=element, dtype=dtype
     )
     return {} if shifted is None or msb is None else {"r": r, "r shifted": shifted, "r msb": msb}
 
@@ -153,24 +153,24 @@ class Select(Subprotocol):
         if self.relu and self.truncate:
             material |= _share_truncation(party, r, shape, self.truncate)
         shared = {"bits": party.share_digits(r if at_p2 else None, self.drop, self.digits, self.n)}
-        rho = party.own().bits(shape).long() if at_p2 else torch.empty(0)
+        rho = party.own().bits(shape) if at_p2 else torch.empty(0)
         shared["rho"] = party.share("rho", shape, rho if at_p2 else None)
         if self.relu:
-            masked = party.ring.shift_right(r, self.truncate) if self.truncate else r
-            shared["rho r"] = party.share("rho r", shape, rho * masked if at_p2 else None)
+            masked = party.ring.shift_right(r, self.truncate) if self.truncate and at_p2 else r
+            shared["rho r"] = party.share("rho r", shape, party.ring.gate(rho, masked) if at_p2 else None)
         if self.relu and self.truncate:
             element = small_ring(self.truncate)
-            msb = rho * party.ring.bit(r, 63).view(shape) if at_p2 else None
+            msb = rho & party.ring.bit(r, 63).view(shape) if at_p2 else None
             shared["rho msb"] = party.share(
                 "rho msb", shape, msb, element=element, dtype=party.ring.SMALL_DTYPES[element.word_bytes]
             )
         for i in range(self.payloads):
             mask = party.mask("payload r", shape)
             material[f"payload r {i}"] = mask
-            shared[f"rho payload r {i}"] = party.share("rho payload r", shape, rho * mask if at_p2 else None)
+            shared[f"rho payload r {i}"] = party.share("rho payload r", shape, party.ring.gate(rho, mask) if at_p2 else None)
         blinding = party.common_blinding(self.digits, self.n)
         if at_p2:
-            return {"flip": party.ring.bit(r, self.window - 1) ^ rho.reshape(-1).to(torch.uint8)}
+            return {"flip": party.ring.bit(r, self.window - 1) ^ rho.reshape(-1)}
         return material | {k: v for k, v in shared.items() if v is not None} | blinding
 
     def run(self, party: Party, material: Material, *values: Any) -> Program:
