@@ -167,7 +167,9 @@ class Select(Subprotocol):
         for i in range(self.payloads):
             mask = party.mask("payload r", shape)
             material[f"payload r {i}"] = mask
-            shared[f"rho payload r {i}"] = party.share("rho payload r", shape, party.ring.gate(rho, mask) if at_p2 else None)
+            shared[f"rho payload r {i}"] = party.share(
+                "rho payload r", shape, party.ring.gate(rho, mask) if at_p2 else None
+            )
         blinding = party.common_blinding(self.digits, self.n)
         if at_p2:
             return {"flip": party.ring.bit(r, self.window - 1) ^ rho.reshape(-1)}
