@@ -211,7 +211,7 @@ class Capture(Builder):
             self.unsupported(f"'{label}' is {value.dtype}; weights are float32 or float64 (convert with model.float())")
         if not bool(torch.isfinite(value).all()):
             self.unsupported(f"'{label}' holds NaN or infinity")
-        value = value.detach().double()
+        value = value.detach()
         value = value.reshape(1) if value.dim() == 0 else value
         self.weights[label] = value
         name = self.declare(Weight(label), Type("real", tuple(value.shape)), name=self.fresh("w"))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+
+import torch
 
 from tacit.ir.build import FixedBuilder, Label
 from tacit.ir.errors import CompileError
@@ -17,13 +19,15 @@ from tacit.ir.ranges import Interval
 from tacit.ir.types import Type, bits_for
 from tacit.passes.draft import Draft, Values
 
+Tensor = torch.Tensor
 # Logits are to be within 2^-8 of the float model's. Probes are few, so the error seen on them is held to a quarter.
 _TOLERANCE = 2.0**-10
 _TRIAL_FRAC, _LEAST_FRAC, MOST_FRAC_BITS = 12, 8, 20
 # Weights get some bits more than activations: they cost nothing in any comparison.
 _EXTRA_WEIGHT_BITS = 4
-# Room of one bit above what calibration data showed.
+# Room of one bit above what calibration data showed; the plan says so.
 _CALIBRATION_MARGIN = 2.0
+CALIBRATED = "calibrated"
 # The widest value that every protocol takes: a difference and a truncation still fit.
 _WIDEST = TRUNCATION_WIDTH - 1
 
@@ -35,15 +39,22 @@ def choose_scale(draft: Draft) -> Draft:
     """
     if draft.frac_bits is not None:
         return draft
-    logits = _logits(draft.plan)
-    exact = draft.interpret(draft.plan, draft.weights, draft.probes)[logits]
-    trial = expand_to_fixed_point(draft.with_(_ending_at(draft.plan, logits), frac_bits=_TRIAL_FRAC))
-    result = trial.plan.node(trial.plan.result)
-    fixed = trial.interpret(trial.plan, trial.weights, draft.probes)[result.name].double() / 2.0**result.type.frac
+    probes = _some(draft.probes, draft.affordable)
+    real = draft.with_(_ending_at(draft.plan, _logits(draft.plan)), frac_bits=_TRIAL_FRAC)
+    exact = real.estimate(probes).double()
+    trial = expand_to_fixed_point(real)
+    fixed = trial.estimate(probes).double() / 2.0 ** trial.plan.node(trial.plan.result).type.frac
     allowed = _TOLERANCE * max(1.0, float(exact.abs().max()) / 32)
     error = float((fixed - exact).abs().max())
     extra = math.ceil(math.log2(max(error, 1e-12) / allowed))
     return draft.with_(draft.plan, frac_bits=min(max(_TRIAL_FRAC + extra, _LEAST_FRAC), MOST_FRAC_BITS))
+
+
+def _some(values: Values, count: int) -> Values:
+    """So many rows of each tensor, or all; taken evenly from first to last."""
+    rows = len(next(iter(values.values())))
+    chosen = torch.linspace(0, rows - 1, min(count, rows)).round().long()
+    return {label: x[chosen] for label, x in values.items()}
 
 
 def _logits(plan: Plan) -> str:
@@ -109,31 +120,43 @@ def bound_ranges(draft: Draft) -> Draft:
     plan says so. A value that would not fit is a compile error that names the layer.
     """
     plan, seen = draft.plan, _observed(draft)
+    last = {arg: node.name for node in plan.nodes for arg in node.args}
     intervals: dict[str, Interval] = {}
     types: dict[str, Type] = {}
     nodes = []
     for node in plan.nodes:
-        interval = _interval(node, draft.weights, intervals)
+        operands = [_operand(plan, arg, draft.weights, intervals) for arg in node.args]
+        interval = _interval(node, draft.weights, operands)
         if node.name in seen and not node.op.declares:
             interval = interval.meet(seen[node.name])
-        intervals[node.name] = interval
+        if not isinstance(node.op, Weight):  # as float64 they would take twice the memory of the model
+            intervals[node.name] = interval
         nodes.append(_with_width(node, interval, types))
         types[node.name] = nodes[-1].type
-    return draft.with_(plan.with_nodes(nodes, ranges="calibrated" if draft.calibration else "proved"))
+        for arg in node.args:
+            if last[arg] == node.name:
+                intervals.pop(arg, None)
+    return draft.with_(plan.with_nodes(nodes, ranges=CALIBRATED if draft.calibration else "proved"))
 
 
-def _interval(node: Node, weights: Values, known: Mapping[str, Interval]) -> Interval:
+def _operand(plan: Plan, name: str, weights: Values, known: Mapping[str, Interval]) -> Interval:
+    op = plan.node(name).op
+    return Interval.exactly(weights[op.label]) if isinstance(op, Weight) else known[name]
+
+
+def _interval(node: Node, weights: Values, operands: Sequence[Interval]) -> Interval:
     if isinstance(node.op, Weight):
-        return Interval.exactly(weights[node.op.label])
+        value = weights[node.op.label]
+        return Interval.full((), float(value.min()), float(value.max()))
     if isinstance(node.op, Input):
         scale = 2.0**node.type.frac
         return Interval.full(node.type.at(1).dims[1:], math.floor(node.op.low * scale), math.ceil(node.op.high * scale))
-    found: Interval = node.op.bound(*(known[arg] for arg in node.args))
+    found: Interval = node.op.bound(*operands)
     return found
 
 
 def _with_width(node: Node, interval: Interval, types: Mapping[str, Type]) -> Node:
-    low, high = float(interval.low.min()), float(interval.high.max())
+    low, high = interval.ends
     width = bits_for(low, high)
     if width > _WIDEST:
         scale = 2.0**node.type.frac
@@ -152,12 +175,19 @@ def _observed(draft: Draft) -> dict[str, Interval]:
     """Twice the range of every value on the calibration data."""
     if not draft.calibration:
         return {}
-    values = draft.interpret(draft.plan, draft.weights, draft.calibration)
-    out = {}
-    for node in draft.plan.nodes:
-        value, shape = values[node.name].double(), node.type.at(1).dims[1:]
+    ends: dict[str, tuple[float, float]] = {}
+
+    def visit(node: Node, value: Tensor) -> None:
         if node.type.batched:
-            low, high = float(value.min()), float(value.max())
-            margin = (_CALIBRATION_MARGIN - 1) * max(-low, high) + 1
-            out[node.name] = Interval.full(shape, low - margin, high + margin)
+            low, high = (float(v) for v in torch.aminmax(value))
+            before = ends.get(node.name, (low, high))
+            ends[node.name] = min(low, before[0]), max(high, before[1])
+
+    step = draft.affordable
+    for i in range(0, len(next(iter(draft.calibration.values()))), step):
+        draft.estimate({label: x[i : i + step] for label, x in draft.calibration.items()}, visit)
+    out = {}
+    for name, (low, high) in ends.items():
+        margin = (_CALIBRATION_MARGIN - 1) * max(-low, high) + 1
+        out[name] = Interval.full(draft.plan.node(name).type.at(1).dims[1:], low - margin, high + margin)
     return out

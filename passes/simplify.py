@@ -63,7 +63,7 @@ def fold_batch_norm(draft: Draft) -> Draft:
     while found := plan.find(BatchNorm):
         node = found[0]
         _, *labels = (_label(plan, arg) for arg in node.args)
-        gamma, beta, mean, variance = (weights[label] for label in labels)
+        gamma, beta, mean, variance = (weights[label].double() for label in labels)
         factor = gamma / torch.sqrt(variance + node.op.eps)  # type: ignore[attr-defined]
         layer = plan.node(node.args[0])
         if _channels_come_from(layer) and len(plan.users(layer.name)) == 1:
@@ -89,7 +89,7 @@ def _fold(plan: Plan, node: Node, layer: Node, weights: dict[str, Tensor], facto
     old = weights[_label(plan, layer.args[1])]
     bias = weights[_label(plan, layer.args[2])] if len(layer.args) > 2 else torch.zeros_like(shift)
     folded = {
-        f"{layer.path or layer.name}.folded_weight": old * factor.reshape(-1, *[1] * (old.dim() - 1)),
+        f"{layer.path or layer.name}.folded_weight": old * factor.reshape(-1, *[1] * (old.dim() - 1)).to(old.dtype),
         f"{layer.path or layer.name}.folded_bias": bias * factor + shift,
     }
     new = [_weight_node(plan, label, value, weights) for label, value in folded.items()]

@@ -96,10 +96,10 @@ def test_every_pass_keeps_the_result(name: str, protocol: str) -> None:
         "constants": (models.Constants(), (3, 4, 4)),
     }
     model, shape = cases[name]
-    x = images(5, *shape)
+    x = images(5, *shape).double()
     before: Tensor | None = None
     level = Level.MODEL
-    for title, draft in stages(seeded(model), x, "logits", protocol):
+    for title, draft in stages(seeded(model).double(), x, "logits", protocol):
         label = draft.plan.find(Input)[0].op.label  # type: ignore[attr-defined]
         result = draft.plan.node(draft.plan.result)
         after = interpret(draft.plan, draft.weights, {label: x})[result.name]

@@ -89,7 +89,7 @@ class AddPublic(LocalOp):
         yield  # pragma: no cover  (makes this a generator)
 
     def bound(self, x: Interval) -> Interval:
-        return Interval(x.low + self.value, x.high + self.value)
+        return x + Interval.full((), self.value, self.value)
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
@@ -186,16 +186,22 @@ class _Pool(LocalOp):
         return sums * self.factors(height, width, bits)
 
     def _bound(self, x: Interval, bits: int) -> Interval:
-        height, width = x.low.shape[1:]
+        height, width = x.shape[1:]
         factors = self.factors(height, width, bits).double()
         rows, columns, _ = self.rectangles(height, width)
+        narrow = x.per_channel(0).narrowed(keep=(0,))
+        if narrow.shape[1:] == (1, 1):  # the same bounds everywhere: times the number of elements, from least to most
+            lengths = [torch.tensor([b - a for a, b in spans], dtype=torch.float64) for spans in (rows, columns)]
+            weights = torch.outer(*lengths) * factors
+            ends = narrow.scaled(float(weights.min())).union(narrow.scaled(float(weights.max())))
+            return ends.expand((len(x.low), len(rows), len(columns)))
 
         def sums(value: Tensor) -> Tensor:
             return torch.stack(
                 [torch.stack([value[:, a:b, c:d].sum((1, 2)) for c, d in columns], -1) for a, b in rows], -2
             )
 
-        low, high, size = sums(x.low), sums(x.high), sums(torch.maximum(x.low.abs(), x.high.abs()))
+        low, high, size = sums(x.low), sums(x.high), sums(x.magnitude)
         return Interval.around((low + high) / 2 * factors, (high - low) / 2 * factors, size * factors)
 
 
@@ -284,7 +290,7 @@ class SumBatch(LocalOp):
 
     def bound(self, x: Interval) -> Interval:
         factor = 2.0**31
-        return Interval.full((1,), float(x.low.min()) * factor, float(x.high.max()) * factor)
+        return x.reshape((1,)).scaled(factor).union(Interval.full((1,), 0.0, 0.0))
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
