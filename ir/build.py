@@ -91,12 +91,22 @@ class FixedBuilder(Builder):
         super().__init__(Level.FIXED)
         self.frac = frac
         self.weight_frac = weight_frac
-        self._real = weights
+        self._real = dict(weights)
         self.encoded: dict[str, Tensor] = {}
         self._weight_nodes: dict[tuple[str, int, tuple[int, ...]], str] = {}
 
     def real(self, label: str) -> Tensor:
         return self._real[label]
+
+    def new(self, label: str, suffix: str, value: Tensor) -> Label:
+        """A weight made of another one, under a label of its own."""
+        made = Label(f"{label}.{suffix}")
+        self._real[made] = value
+        return made
+
+    def derived(self, label: str, suffix: str, shape: tuple[int, ...]) -> Label:
+        """The same weight in another shape."""
+        return self.new(label, suffix, self._real[label].reshape(shape))
 
     def weight(self, label: str, frac: int, shape: tuple[int, ...] | None = None) -> str:
         """The line that holds this weight at this scale, written at its first use."""
@@ -118,6 +128,35 @@ class FixedBuilder(Builder):
         self.encoded[unique] = scaled.to(torch.int64)
         declared = Type("secret", tuple(value.shape), frac)
         return self.declare(Weight(unique), declared, name=self.fresh("w"))
+
+    def broadcast_to(self, x: str, shape: tuple[int, ...]) -> str:
+        """x repeated where a weight of that shape has more elements: a product is as large as its first factor."""
+        from tacit.ir.ops.moves import Expand
+
+        rank = len(self.types[x].shape)
+        for axis, size in enumerate(shape[::-1]):
+            place = rank - 1 - axis
+            if size > 1 and self.types[x].at(1).dims[place] == 1:
+                x = self.emit(Expand(place, size), x)
+        return x
+
+    def relu(self, x: str) -> str:
+        """max(x, 0) at the scale of activations: where x has more bits, the truncation is fused."""
+        from tacit.ir.ops.nonlinear import FixedReLU
+
+        return self.emit(FixedReLU(max(0, self.types[x].frac - self.frac)), x)
+
+    def plus_scalar(self, x: str, value: float) -> str:
+        from tacit.ir.ops.local import AddPublic
+
+        return self.emit(AddPublic(self.constant(value, self.types[x].frac)), x) if value else x
+
+    def minus(self, x: str, y: str) -> str:
+        """x - y, at the larger of the two scales."""
+        from tacit.ir.ops.local import Sub
+
+        frac = max(self.types[x].frac, self.types[y].frac)
+        return self.emit(Sub(), self.aligned(x, frac), self.aligned(y, frac))
 
     def at_scale(self, x: str) -> str:
         """x with no more than `frac` fractional bits: truncated where it has more."""

@@ -178,13 +178,29 @@ class Plan:
         return (node.type,) if node.op.declares else tuple(self.by_name[arg].type for arg in node.args)
 
     def users(self, name: str) -> list[Node]:
-        return [node for node in self.nodes if name in node.args]
+        return self._users.get(name, [])
+
+    @cached_property
+    def _users(self) -> dict[str, list[Node]]:
+        out: dict[str, list[Node]] = {}
+        for node in self.nodes:
+            for arg in dict.fromkeys(node.args):
+                out.setdefault(arg, []).append(node)
+        return out
 
     def find(self, op: type[Op]) -> list[Node]:
         return [node for node in self.nodes if isinstance(node.op, op)]
 
     def with_nodes(self, nodes: Iterable[Node], **changes: object) -> Plan:
         return replace(self, nodes=tuple(nodes), **changes)  # type: ignore[arg-type]
+
+    def without_dead_lines(self) -> Plan:
+        """Without the lines that the result does not depend on; inputs stay, because the client brings them."""
+        live = {self.result} | {node.name for node in self.nodes if node.op.declares and not node.op.session}
+        for node in reversed(self.nodes):
+            if node.name in live:
+                live.update(node.args)
+        return self.with_nodes(node for node in self.nodes if node.name in live)
 
     @cached_property
     def schedule(self) -> Schedule:

@@ -161,6 +161,15 @@ class Interval:
     def relu(self) -> Interval:
         return self.map(lambda v: v.clamp(min=0))
 
+    def summed(self, dims: tuple[int, ...]) -> Interval:
+        """Of sums along dimensions, which stay with one element."""
+        shape = tuple(1 if i in dims else n for i, n in enumerate(self.shape))
+        narrow = self.narrowed()
+        times = float(torch.Size(self.shape[i] for i in dims if narrow.shape[i] == 1).numel())
+        narrow = narrow.scaled(times)
+        low, high, size = (v.sum(dims, keepdim=True) for v in (narrow.low, narrow.high, narrow.magnitude))
+        return Interval.around((low + high) / 2, (high - low) / 2, size).expand(shape)
+
     def rearranged(self, function: Callable[[Tensor], Tensor]) -> Interval:
         """Under a function that only moves, repeats or drops elements."""
         if self.low.numel() > 1 and compact(self.low).numel() == compact(self.high).numel() == 1:

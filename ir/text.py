@@ -127,7 +127,7 @@ def _parse_value(kind: Any, text: str) -> Any:
         return kind(text)
     if typing.get_origin(kind) is tuple:
         return tuple(int(v) for v in text.split("x"))
-    if not re.fullmatch(r"[\w.\-]+", text):
+    if not re.fullmatch(r"[\w.\-;:()\[\]{}]+", text):
         raise ValueError(text)
     return text
 

@@ -10,7 +10,7 @@ from typing import Any
 from tacit.ir.build import Builder
 from tacit.ir.errors import CompileError
 from tacit.ir.op import Level, Op
-from tacit.ir.ops import linear, nonlinear, securenn
+from tacit.ir.ops import choice, linear, nonlinear, securenn
 from tacit.ir.ops.comparison import ROOM_BITS
 from tacit.ir.ops.nonlinear import FixedArgmax, FixedEqual, FixedMaxPool2d, FixedReLU, Trunc
 from tacit.ir.ops.roles import Input, Mask, Reveal
@@ -58,6 +58,16 @@ def _windowed(target: type[Op], slack: int) -> Lowering:
     return lower
 
 
+def _windowed_by_first(target: type[Op]) -> Lowering:
+    """A comparison of the first operand alone."""
+
+    def lower(b: Builder, node: Node, args: tuple[str, ...]) -> str:
+        attributes = _attributes(node.op) | {"window": b.types[args[0]].width}
+        return b.emit(target(**attributes), *args, name=node.name, width=node.type.width)
+
+    return lower
+
+
 def _textbook_relu(b: Builder, node: Node, args: tuple[str, ...]) -> str:
     """ReLU and truncation apart: the textbook suite knows no fused form."""
     assert isinstance(node.op, FixedReLU)
@@ -75,6 +85,8 @@ FUSED: Mapping[type[Op], Lowering] = {
     FixedMaxPool2d: _windowed(nonlinear.MaxPool2d, 1),
     FixedArgmax: _windowed(nonlinear.Argmax, 1),
     FixedEqual: _windowed(nonlinear.Equal, 1),
+    choice.FixedPositive: _windowed(choice.Positive, 0),
+    choice.FixedChoose: _windowed_by_first(choice.Choose),
 }
 SECURENN: Mapping[type[Op], Lowering] = {
     linear.FixedLinear: _direct(securenn.TextbookLinear),
@@ -84,6 +96,8 @@ SECURENN: Mapping[type[Op], Lowering] = {
     FixedMaxPool2d: _direct(securenn.TextbookMaxPool2d, drop=0),
     FixedArgmax: _direct(securenn.TextbookArgmax),
     FixedEqual: _direct(securenn.TextbookEqual),
+    choice.FixedPositive: _direct(choice.TextbookPositive),
+    choice.FixedChoose: _direct(choice.TextbookChoose),
 }
 SUITES: Mapping[str, Mapping[type[Op], Lowering]] = {"fused": FUSED, "securenn": SECURENN}
 

@@ -11,7 +11,8 @@ import torch
 from tacit.ir.build import FixedBuilder, Label
 from tacit.ir.errors import CompileError
 from tacit.ir.ops.comparison import TRUNCATION_WIDTH
-from tacit.ir.ops.model import Argmax, ModelOp
+from tacit.ir.ops.layer import Layer
+from tacit.ir.ops.model import Argmax
 from tacit.ir.ops.nonlinear import FixedReLU, Trunc
 from tacit.ir.ops.roles import Input, Weight
 from tacit.ir.plan import Node, Plan
@@ -91,7 +92,7 @@ def _expand(b: FixedBuilder, node: Node, names: Mapping[str, str]) -> str:
     if isinstance(node.op, Input):
         declared = Type("secret", node.type.shape, 0 if node.op.integers else b.frac)
         return b.declare(node.op, declared, name=node.name)
-    assert isinstance(node.op, ModelOp)
+    assert isinstance(node.op, Layer)
     return node.op.expand(b, *(names[arg] for arg in node.args))
 
 

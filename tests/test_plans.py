@@ -13,7 +13,8 @@ from torch import nn
 
 import tacit
 from tacit import networks
-from tacit.capture import Capture, export
+from tacit.capture import Capture
+from tacit.export import export
 from tacit.ir.op import Level
 from tacit.ir.ops.nonlinear import ReLU
 from tacit.ir.ops.roles import Input
