@@ -301,7 +301,7 @@ class Capture(Builder):
             return False
         x, dim, start, end, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
         shape = self._layout.shape(self._values[x])  # type: ignore[index]
-        everything = start in (None, 0) and (end is None or isinstance(end, int) and end >= 1 << 62) and step == 1
+        everything = start in (None, 0) and (end is None or (isinstance(end, int) and end >= 1 << 62)) and step == 1
         return dim % len(shape) == self._values[x].place and everything  # type: ignore[index, operator]
 
     def _moved(self, node: torch.fx.Node) -> Laid:
@@ -425,7 +425,7 @@ class Capture(Builder):
         if value.is_floating_point() and value.dtype not in _FLOATS:
             self.unsupported(f"{kind}: convert with model.float()")
         value = value.detach()
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        if value.is_floating_point() and not bool(torch.isfinite(value.sum(dtype=torch.float64))):
             self.unsupported(f"'{label}' holds NaN or infinity")
         shaped = value.reshape(1) if value.dim() == 0 else value
         self.weights[label] = shaped if value.is_floating_point() else shaped.float()

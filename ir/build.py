@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from tacit.ir.errors import CompileError, PlanError
-from tacit.ir.op import Level, Op
+from tacit.ir.op import Level, Op, inferred
 from tacit.ir.plan import Node, Plan
 from tacit.ir.types import Type
 
@@ -58,7 +58,7 @@ class Builder:
     def emit(self, op: Op, *args: str, name: str = "", width: int | None = None) -> str:
         """`%name = op %args`; raises CompileError, naming the module, where the types do not fit."""
         try:
-            found = op.infer(*(self.types[arg] for arg in args))
+            found = inferred(op, tuple(self.types[arg] for arg in args))
         except PlanError as error:
             where = f" (module '{self.path}', {self.source})" if self.path or self.source else ""
             raise CompileError(f"{op.name}{where}: {error}") from None
@@ -93,7 +93,15 @@ class FixedBuilder(Builder):
         self.weight_frac = weight_frac
         self._real = dict(weights)
         self.encoded: dict[str, Tensor] = {}
+        self._emitted: dict[tuple[Op, tuple[str, ...]], str] = {}
         self._weight_nodes: dict[tuple[str, int, tuple[int, ...]], str] = {}
+
+    def emit(self, op: Op, *args: str, name: str = "", width: int | None = None) -> str:
+        """As every builder; what was computed before is not computed again."""
+        key = (op, args)
+        if key not in self._emitted:
+            self._emitted[key] = super().emit(op, *args, name=name, width=width)
+        return self._emitted[key]
 
     def real(self, label: str) -> Tensor:
         return self._real[label]
@@ -120,8 +128,9 @@ class FixedBuilder(Builder):
     def _encode(self, label: str, value: Tensor, frac: int) -> str:
         from tacit.ir.ops.roles import Weight
 
-        scaled = torch.round(value.double() * 2.0**frac)
-        if not bool(torch.isfinite(scaled).all()) or float(scaled.abs().max()) >= 2.0**62:
+        scaled = (value.double() * 2.0**frac).round_()
+        low, high = (float(end) for end in torch.aminmax(scaled))
+        if not -(2.0**62) < low <= high < 2.0**62:  # NaN is not below anything
             raise CompileError(f"weight '{label}' holds NaN, infinity, or a value too large for {frac} fractional bits")
         copies = sum(name == label or name.startswith(f"{label}.copy") for name in self.encoded)
         unique = f"{label}.copy{copies}" if copies else str(label)

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -169,6 +170,12 @@ def expect(condition: bool, message: str) -> None:
 def expect_kind(kind: str, *args: Type) -> None:
     for arg in args:
         expect(arg.kind == kind, f"expected a {kind} operand, found {arg}")
+
+
+@lru_cache(maxsize=1 << 15)
+def inferred(op: Op, args: tuple[Type, ...]) -> Type:
+    """`op.infer(*args)`, remembered: a plan is verified after every pass, and most of its lines do not change."""
+    return op.infer(*args)
 
 
 _PROBES = (3, 5)

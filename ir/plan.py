@@ -12,7 +12,7 @@ import networkx as nx
 
 from tacit.ir.cost import P0, P1, P2, ROLES, Cost, Link, Randomness
 from tacit.ir.errors import PlanError, draw
-from tacit.ir.op import Level, Op
+from tacit.ir.op import Level, Op, inferred
 from tacit.ir.types import Type
 
 
@@ -282,7 +282,7 @@ class Plan:
             raise PlanError(f"{node.op.name} may not stand at the {self.level.value} level")
         try:
             operands = (node.type,) if node.op.declares else tuple(seen[arg] for arg in node.args)
-            found = node.op.infer(*operands)
+            found = inferred(node.op, operands)
         except TypeError:
             raise PlanError(f"{node.op.name} does not take {len(node.args)} operands") from None
         # Range analysis may claim a smaller width than the types alone give, never a larger one.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from itertools import count
 from typing import Any
@@ -158,9 +158,11 @@ def schedule_rounds(draft: Draft) -> Draft:
 def number_lines(draft: Draft) -> Draft:
     """Short names in order: %0, %1, ... for values, %w0, %m0 for weights and masks, %y revealed; inputs keep theirs."""
     names = {node.name: node.name for node in draft.plan.find(Input)}
+    taken, counters = set(names), {prefix: count() for prefix in ("", "w", "m", "y")}
     for node in draft.plan.nodes:
         if node.name not in names:
-            names[node.name] = _next_name(_prefix(node.op), set(names.values()))
+            names[node.name] = _next_name(_prefix(node.op), counters, taken)
+            taken.add(names[node.name])
     nodes = [replace(n, name=names[n.name], args=tuple(names[a] for a in n.args)) for n in draft.plan.nodes]
     return draft.with_(draft.plan.with_nodes(nodes, result=names[draft.plan.result]))
 
@@ -171,7 +173,7 @@ def _prefix(op: Op) -> str:
     return "m" if isinstance(op, Mask) else "w" if op.session else ""
 
 
-def _next_name(prefix: str, taken: set[str]) -> str:
+def _next_name(prefix: str, counters: Mapping[str, Iterator[int]], taken: set[str]) -> str:
     if prefix == "y" and prefix not in taken:
         return prefix
-    return next(name for name in (f"{prefix}{i}" for i in count()) if name not in taken)
+    return next(name for name in (f"{prefix}{i}" for i in counters[prefix]) if name not in taken)

@@ -10,6 +10,7 @@ import torch
 
 from tacit.ir.build import FixedBuilder, Label
 from tacit.ir.errors import CompileError
+from tacit.ir.op import inferred
 from tacit.ir.ops.comparison import TRUNCATION_WIDTH
 from tacit.ir.ops.layer import Layer
 from tacit.ir.ops.model import Argmax
@@ -168,7 +169,7 @@ def _with_width(node: Node, interval: Interval, types: Mapping[str, Type]) -> No
             "Give a narrower input_range, calibration data, or fewer frac_bits."
         )
     if not node.op.declares:
-        width = min(width, node.op.infer(*(types[arg] for arg in node.args)).width)
+        width = min(width, inferred(node.op, tuple(types[arg] for arg in node.args)).width)
     return replace(node, type=node.type.with_(width=width))
 
 
