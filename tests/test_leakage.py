@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 
 import pytest
@@ -16,7 +17,8 @@ from tacit.ir.ops.comparison import prime_for
 from tacit.ir.ops.nonlinear import ReLU
 from tacit.ir.plan import Plan
 from tacit.ir.types import Batch, Type
-from tacit.runtime import field
+from tacit.runtime import field, party
+from tacit.runtime.prf import Stream
 from tacit.runtime.session import Dealt, Session
 
 Tensor = torch.Tensor
@@ -86,6 +88,22 @@ def test_every_message_of_every_op_is_uniform(sample: Sample) -> None:
             values = torch.cat(parts)
             if len(values) >= 20 * bound:
                 assert uniform(values, bound), f"{ROLES[source]} -> {ROLES[target]}, modulo {bound}"
+
+
+@pytest.mark.parametrize(**params(Level.PROTOCOL))
+def test_no_party_opens_a_stream_twice(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was drawn in dealing would else be drawn again online: two masks alike, and their difference is known."""
+    opened: list[tuple[int, bytes, int, int]] = []
+
+    class Recorded(Stream):
+        def __init__(self, key: bytes, batch: int, node: int) -> None:
+            super().__init__(key, batch, node)
+            opened.append((inspect.stack()[1].frame.f_locals["self"].rank, key, batch, node))
+
+    monkeypatch.setattr(party, "Stream", Recorded)
+    constant_run(single(sample), 2, 3, seed=1)
+    assert opened
+    assert len(set(opened)) == len(opened)
 
 
 @pytest.mark.parametrize("name", ["relu-0", "relu-3", "max_pool2d-0", "argmax-2", "equal-0", "securenn.relu-0"])
