@@ -66,10 +66,9 @@ class Capture(Builder):
         self._truths: set[str] = set()
         self._ops: dict[str, tuple[Op, tuple[str, ...]]] = {}
         self._node: torch.fx.Node | None = None
-        self._batch: Any = None
         self._ranges = list(ranges)
         self._layers = layers()
-        self._constants: Constants | None = None
+        self._constants = Constants()
         self._layout = Layout(self, self.unsupported)
 
     # --- what layers ask ---
@@ -184,6 +183,7 @@ class Capture(Builder):
     def run(self, name: str, reveal: str) -> Plan:
         """The whole graph, with the argmax or the count that `reveal` asks for."""
         result = ""
+        self._require_no_writes()
         for node in self.program.graph.nodes:
             self._node = node
             if node.op == "placeholder":
@@ -202,6 +202,16 @@ class Capture(Builder):
         self.weights = {n.op.label: self.weights[n.op.label] for n in plan.find(Weight) if isinstance(n.op, Weight)}
         return plan.verify()
 
+    def _require_no_writes(self) -> None:
+        """A model is a function of its input: it keeps nothing and changes nothing that it was given."""
+        signature = self.program.graph_signature
+        written = signature.buffers_to_mutate | signature.user_inputs_to_mutate
+        for name, label in written.items():
+            self._node = next(node for node in self.program.graph.nodes if node.name == name)
+            self.unsupported(
+                f"the model writes to '{label}' while it runs; compute on a copy, as in x = x + 1 or x.clone()"
+            )
+
     def _placeholder(self, node: torch.fx.Node) -> None:
         signature = self.program.graph_signature
         if node.name in signature.user_inputs:
@@ -215,6 +225,7 @@ class Capture(Builder):
         value = self.program.state_dict.get(label)
         value = self.program.constants[label] if value is None else value
         self._sources[node] = (label, value)
+        self._constants.put(node, value)
 
     def _input(self, node: torch.fx.Node) -> None:
         value = node.meta.get("val")
@@ -225,11 +236,7 @@ class Capture(Builder):
             self.unsupported(
                 f"input '{node.name}' has no symbolic batch as its first dimension: export with a dynamic one"
             )
-        if self._batch is None:
-            self._batch = value.shape[0]
-            self._constants = Constants(self._batch)
-            for parameter, (_, tensor) in self._sources.items():
-                self._constants.put(parameter, tensor)
+        self._constants.symbols |= value.shape[0].node.expr.free_symbols
         if not self._ranges:
             raise CompileError("the model takes more inputs than there are examples")
         low, high = self._ranges.pop(0)
@@ -239,10 +246,12 @@ class Capture(Builder):
     def _dim(self, size: Any) -> Dim:
         if isinstance(size, int):
             return size
-        ratio = size.node.expr / self._batch.node.expr
-        if not ratio.is_Integer or ratio < 1:
+        symbols = self._constants.symbols
+        expression = size.node.expr
+        one, three = (expression.subs(dict.fromkeys(symbols, n)) for n in (1, 3))
+        if not one.is_Integer or one < 1 or three != 3 * one:
             self.unsupported(f"a dimension of {size} is neither fixed nor a multiple of the batch")
-        return Batch(int(ratio))
+        return Batch(int(one))
 
     def _call(self, node: torch.fx.Node) -> None:
         value = node.meta.get("val")
@@ -262,7 +271,7 @@ class Capture(Builder):
             return
         self.target = str(node.target)
         if self._whole_batch(node):
-            self._values[node] = self._values[node.all_input_nodes[0]]
+            self._values[node] = self._values[node.all_input_nodes["scatter" in self.target]]
             return
         if self.target in _VIEWS or self.target in _PERMUTATIONS:
             self._values[node] = self._fits(self._moved(node), value)
@@ -286,8 +295,6 @@ class Capture(Builder):
             )
 
     def _is_constant(self, node: torch.fx.Node) -> bool:
-        if self._constants is None:
-            return False
         try:
             return self._constants.evaluate(node)
         except NotConstant as reason:
@@ -296,13 +303,17 @@ class Capture(Builder):
             self.unsupported(f"it cannot be computed ahead of time: {str(error).splitlines()[0]}")
 
     def _whole_batch(self, node: torch.fx.Node) -> bool:
-        """Whether this is a slice like the first of x[:, 1:3], which takes all of the batch."""
-        if self.target != "aten.slice.Tensor":
+        """Whether this is a slice like the first of x[:, 1:3], which takes all of the batch, or writes to it."""
+        if self.target not in ("aten.slice.Tensor", "aten.slice_scatter.default"):
             return False
-        x, dim, start, end, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
-        shape = self._layout.shape(self._values[x])  # type: ignore[index]
+        source = node.all_input_nodes["scatter" in self.target]
+        if source not in self._values:
+            return False
+        given: list[Any] = [*node.args[1 + ("scatter" in self.target) :]]
+        dim, start, end, step = *given, *(0, None, None, 1)[len(given) :]
+        x = self._values[source]
         everything = start in (None, 0) and (end is None or (isinstance(end, int) and end >= 1 << 62)) and step == 1
-        return dim % len(shape) == self._values[x].place and everything  # type: ignore[index, operator]
+        return bool(dim % len(self._layout.shape(x)) == x.place and everything)
 
     def _moved(self, node: torch.fx.Node) -> Laid:
         """Views, and dimensions in another order."""
@@ -325,7 +336,8 @@ class Capture(Builder):
             if any((x.place, x.left, x.right) != (first.place, first.left, first.right) for x in laid):
                 self.unsupported("its operands hold the batch in different dimensions")
             names = _mapped(k, lambda x: self._of_rank(x, rank).line)
-            names = {key: self._laid_weights(v, first, rank) for key, v in names.items()}
+            own = layer.own_weights
+            names = {key: v if key in own else self._laid_weights(v, first, rank) for key, v in names.items()}
         for key in layer.axes:
             names[key] = self._axes(names.get(key), first) if key in names else None
         found = layer.capture(self, **{key: v for key, v in names.items() if key in k})
@@ -361,7 +373,9 @@ class Capture(Builder):
             return [self._axes(d, x) for d in dims]
         dim = dims % len(self._layout.shape(x))
         if dim == x.place:
-            self.unsupported("it acts along the batch: elements of a batch do not depend on each other")
+            self.unsupported(
+                "it acts along the batch, but elements of a batch do not depend on each other; name other dimensions"
+            )
         return x.axis(dim)
 
     def _result(self, like: Laid, line: str, value: Any) -> Laid:
@@ -400,7 +414,7 @@ class Capture(Builder):
             return [self._resolve(v) for v in value]
         if not isinstance(value, torch.fx.Node) or value in self._values:
             return self._values.get(value, value) if isinstance(value, torch.fx.Node) else value
-        if self._constants is None or value not in self._constants:
+        if value not in self._constants:
             return value
         if isinstance(value.meta.get("val"), _NUMBERS):
             return self._constants.number(value)
@@ -446,7 +460,9 @@ class Capture(Builder):
                 continue
             found = self._values.get(output) if isinstance(output, torch.fx.Node) else None
             if not isinstance(found, Laid) or self.is_weight(found.line):
-                self.unsupported("every result has to be a tensor that depends on the input")
+                name = getattr(output, "name", output)
+                label = self._sources[output][0] if output in self._sources else name
+                self.unsupported(f"every result has to be a tensor that depends on the input; '{label}' does not")
             lines.append(self._layout.batch_first(found))
         tensors = [line for line in lines if line is not None]
         if not tensors:

@@ -13,7 +13,7 @@ import torch
 
 Tensor = torch.Tensor
 _BATCHES = (2, 3)
-_SHAPE_ALONE = ("new_", "_like.")  # operators that read no value of their tensor operand
+_SHAPE_ALONE = ("new_", "_like.", "aten.fill.", "aten.zero.", "aten.copy.")  # read no value of their first operand
 _RANDOM = ("rand", "bernoulli", "multinomial", "normal", "dropout", "empty")
 
 
@@ -24,8 +24,8 @@ class NotConstant(Exception):
 class Constants:
     """Values of nodes, each as one tensor or as one for each trial batch size."""
 
-    def __init__(self, batch: Any) -> None:
-        self._batch = batch  # the symbol of the batch
+    def __init__(self) -> None:
+        self.symbols: set[Any] = set()  # what stands for the batch: a symbol for each input, all the same number
         self._values: dict[torch.fx.Node, tuple[Any, ...]] = {}
 
     def __contains__(self, node: torch.fx.Node) -> bool:
@@ -40,7 +40,7 @@ class Constants:
             return False
         name = str(node.target).split(".")[-2] if "." in str(node.target) else str(node.target)
         if any(word in name for word in _RANDOM) and "eval" not in name and not self._harmless(node, name):
-            raise NotConstant(f"'{node.target}' is random, or of undefined content")
+            raise NotConstant(f"'{node.target}' is random, or of undefined content; pass its values as an input")
         trials = _BATCHES if any(self._varies(arg) for arg in node.all_input_nodes) else _BATCHES[:1]
         self._values[node] = tuple(self._run(node, i) for i in range(len(trials)))
         return True
@@ -51,11 +51,12 @@ class Constants:
 
     def _known(self, arg: torch.fx.Node, user: torch.fx.Node) -> bool:
         symbolic = isinstance(arg.meta.get("val"), (int, float, bool, torch.SymInt))
-        return arg in self._values or symbolic or self._shape_alone(user)
+        return arg in self._values or symbolic or self._shape_alone(arg, user)
 
     @staticmethod
-    def _shape_alone(node: torch.fx.Node) -> bool:
-        return any(word in str(node.target) for word in _SHAPE_ALONE)
+    def _shape_alone(arg: torch.fx.Node, user: torch.fx.Node) -> bool:
+        """Whether the operator reads no more than the shape of this operand."""
+        return arg is user.args[0] and any(word in str(user.target) for word in _SHAPE_ALONE)
 
     def _varies(self, arg: torch.fx.Node) -> bool:
         if arg in self._values:
@@ -82,8 +83,7 @@ class Constants:
         """A size as a number, for that batch."""
         if not isinstance(value, torch.SymInt):
             return value
-        symbol = self._batch.node.expr
-        return int(value.node.expr.subs({symbol: batch}))
+        return int(value.node.expr.subs(dict.fromkeys(self.symbols, batch)))
 
     def value(self, node: torch.fx.Node) -> Tensor:
         """The tensor, with one element along a dimension in which the batch repeats it; raises NotConstant."""
@@ -99,7 +99,7 @@ class Constants:
                 shape[dim] = 1
         once = first[tuple(slice(0, n) for n in shape)]
         if not (torch.equal(first, once.expand(first.shape)) and torch.equal(second, once.expand(second.shape))):
-            raise NotConstant("a value that depends on the place in the batch")
+            raise NotConstant("a constant that depends on the place in the batch; make it the same for all elements")
         return once
 
     def number(self, node: torch.fx.Node) -> float:

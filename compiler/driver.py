@@ -23,6 +23,7 @@ from tacit.secure import Secure, check_input
 from tacit.structure import in_order, leaves
 
 Tensor = torch.Tensor
+Model = torch.nn.Module | ExportedProgram
 REVEALS = ("logits", "argmax", "correct")
 _PROBES = 16
 # Without a declared range, inputs may reach this far at least.
@@ -30,7 +31,7 @@ _LEAST_REACH, _MOST_REACH = 4.0, 2.0**40
 
 
 def compile(
-    model: torch.nn.Module | ExportedProgram,
+    model: Model,
     example_inputs: Any,
     *,
     reveal: str = "logits",
@@ -56,6 +57,33 @@ def compile(
 
     Raises CompileError, which names the module, its source line and the remedy.
     """
+    draft = run_pipeline(
+        prepare(
+            model,
+            example_inputs,
+            reveal=reveal,
+            protocol=protocol,
+            calibration=calibration,
+            input_range=input_range,
+            frac_bits=frac_bits,
+            name=name,
+        )
+    )
+    return Secure(draft.plan, draft.weights, leaves(example_inputs)[0].dtype)
+
+
+def prepare(
+    model: Model,
+    example_inputs: Any,
+    *,
+    reveal: str = "logits",
+    protocol: str = "fused",
+    calibration: Any = None,
+    input_range: Range | Sequence[Range] | None = None,
+    frac_bits: int | None = None,
+    name: str | None = None,
+) -> Draft:
+    """What the passes start from: the captured model, with everything they need to know."""
     if reveal not in REVEALS:
         raise CompileError(f"reveal has to be one of {', '.join(REVEALS)}, not {reveal!r}")
     if protocol not in SUITES:
@@ -74,7 +102,7 @@ def compile(
     if calibration is not None:
         calibration = _as_tuple(calibration, "calibration")
         _require_fit(plan, calibration, "calibration")
-    draft = Draft(
+    return Draft(
         plan.with_nodes(plan.nodes, protocol=protocol),
         capture.weights,
         _probes(plan, examples, calibration),
@@ -82,8 +110,6 @@ def compile(
         _calibration(plan, calibration),
         frac_bits,
     )
-    draft = run_pipeline(draft)
-    return Secure(draft.plan, draft.weights, examples[0].dtype)
 
 
 def _arguments(examples: Any) -> tuple[Any, ...]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import linecache
+import logging
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch.utils import _pytree as pytree
 from tacit.ir.errors import CompileError, draw
 
 Tensor = torch.Tensor
-_TORCH = Path(torch.__file__).parent
+_NOT_THE_USERS = {Path(file).parent for file in (str(torch.__file__), __file__, logging.__file__)}
 _VALUES = (
     "This is control flow that depends on values, which nobody may see: compute both branches and choose by torch.where"
 )
@@ -42,11 +44,15 @@ def export(model: torch.nn.Module | ExportedProgram, examples: Sequence[Any]) ->
     shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
     for x in pytree.tree_leaves(enough):
         shapes[x] = {0: Dim.DYNAMIC}
-    try:
+
+    def run() -> ExportedProgram:
         with torch.no_grad(), _without_noise():
             return torch.export.export(model, enough, dynamic_shapes=shapes)
+
+    try:
+        return run()
     except Exception as error:  # torch.export raises many unrelated types
-        raise CompileError(_told(error, model)) from error
+        raise CompileError(_told(error, model, run)) from error
 
 
 def _require_fit_module(model: torch.nn.Module) -> None:
@@ -66,28 +72,28 @@ def _require_fit_module(model: torch.nn.Module) -> None:
             raise CompileError(f"'{name}' is {value.dtype}; weights are float32 or float64: convert with model.float()")
 
 
-def _told(error: Exception, model: torch.nn.Module) -> str:
+def _told(error: Exception, model: torch.nn.Module, again: Callable[[], object]) -> str:
     """What torch.export ran into, where in the model, and what to do."""
     said = (str(error) or type(error).__name__).strip()
-    advice = _OTHER
+    advice, place = _OTHER, _place(traceback.walk_tb(error.__traceback__), model)
     if "data-dependent" in said or "DataDependent" in type(error).__name__:
         advice = _VALUES
     elif "specialized" in said or "Constraints violated" in said:
-        advice = _FIXED
+        advice, place = _FIXED, _where_the_batch_was_fixed(model, again)
     return (
-        f"{_place(error, model)}torch.export could not capture the model with a batch of any size. {advice}.\n"
+        f"{place}torch.export could not capture the model with a batch of any size. {advice}.\n"
         f"It said: {said.splitlines()[0]}"
     )
 
 
-def _place(error: BaseException, model: torch.nn.Module) -> str:
+def _place(frames: Iterable[tuple[FrameType, int]], model: torch.nn.Module) -> str:
     """The innermost frame that is the user's own, drawn, with the path of its module; "" where there is none."""
     paths = {id(module): name for name, module in model.named_modules()}
     path, found = None, None
-    for frame, line in traceback.walk_tb(error.__traceback__):
+    for frame, line in frames:
         file = frame.f_code.co_filename
         path = paths.get(id(frame.f_locals.get("self")), path)
-        if path is not None and _TORCH not in Path(file).parents:
+        if path is not None and not _NOT_THE_USERS & set(Path(file).parents):
             found = (file, line)
     if path is None or found is None:
         return ""
@@ -96,6 +102,29 @@ def _place(error: BaseException, model: torch.nn.Module) -> str:
     lines = linecache.getlines(file)
     head = f"{place}, {file}:{line}:"
     return draw([text.rstrip() for text in lines], line - 1, head, context=1) + "\n\n" if lines else head + " "
+
+
+def _where_the_batch_was_fixed(model: torch.nn.Module, again: Callable[[], object]) -> str:
+    """The place at which a symbolic size became a number, which PyTorch tells its log alone, while it happens."""
+    places: list[str] = []
+
+    class Watch(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage().startswith("set_replacement"):
+                outwards = traceback.walk_stack(None)
+                places.append(_place(reversed(list(outwards)), model))
+
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    before = logger.level, logger.propagate, logger.handlers
+    logger.setLevel(logging.INFO)
+    logger.propagate, logger.handlers = False, [Watch()]
+    try:
+        again()
+    except Exception:  # the one that is being explained
+        return next((place for place in places if place), "")
+    finally:
+        logger.level, logger.propagate, logger.handlers = before
+    return ""
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from tacit.ir.ops.roles import Input, Weight
 from tacit.ir.plan import Node, Plan
 from tacit.runtime import ring
 from tacit.runtime.channel import LinkModel
+from tacit.runtime.overflow import interpret_checked
 from tacit.runtime.reference import compare, interpret
 from tacit.runtime.session import Run, Session, Trace
 from tacit.structure import leaves
@@ -51,10 +52,13 @@ class Secure:
         answer, _ = self._run(inputs, trace=False)
         return self._decoded(answer)
 
-    def reference(self, *inputs: Any) -> Any:
-        """The clear oracle: the same fixed-point arithmetic without cryptography, truncations rounded to nearest."""
-        values = interpret(self.plan, self._weights, self._checked(inputs))
-        return self._decoded(values[self.plan.result])
+    def reference(self, *inputs: Any, check: bool = False) -> Any:
+        """The clear oracle: the same fixed-point arithmetic without cryptography, truncations rounded to nearest.
+
+        With `check`, raises RangeError at the first line of which a value leaves the range that the plan states.
+        """
+        run = interpret_checked if check else interpret
+        return self._decoded(run(self.plan, self._weights, self._checked(inputs))[self.plan.result])
 
     def check(self, *inputs: Any) -> Any:
         """A secure run compared with the oracle under the same public truncation offsets, bit for bit at every line.

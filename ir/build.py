@@ -34,14 +34,15 @@ class Builder:
         self.types: dict[str, Type] = {}
         self.path = ""
         self.source = ""
+        self.origin = ""
         self._count = 0
 
     @contextmanager
-    def at(self, path: str, source: str) -> Iterator[None]:
-        """Lines written inside stem from this module and source line."""
-        self.path, self.source = path, source
+    def at(self, path: str, source: str, origin: str = "") -> Iterator[None]:
+        """Lines written inside stem from this module and source line, and from this line of the model level."""
+        self.path, self.source, self.origin = path, source, origin
         yield
-        self.path, self.source = "", ""
+        self.path, self.source, self.origin = "", "", ""
 
     def fresh(self, prefix: str = "") -> str:
         """A name that is not taken yet: %0, %1, ... or %w0, %m3."""
@@ -53,7 +54,7 @@ class Builder:
 
     def declare(self, op: Op, declared: Type, *, name: str) -> str:
         """A line whose type is declared rather than inferred: an input or a weight."""
-        return self._append(Node(name, op, (), op.infer(declared), self.path, self.source))
+        return self._append(Node(name, op, (), op.infer(declared), self.path, self.source, self.origin))
 
     def emit(self, op: Op, *args: str, name: str = "", width: int | None = None) -> str:
         """`%name = op %args`; raises CompileError, naming the module, where the types do not fit."""
@@ -63,7 +64,7 @@ class Builder:
             where = f" (module '{self.path}', {self.source})" if self.path or self.source else ""
             raise CompileError(f"{op.name}{where}: {error}") from None
         found = found if width is None else found.with_(width=width)
-        return self._append(Node(name or self.fresh(), op, args, found, self.path, self.source))
+        return self._append(Node(name or self.fresh(), op, args, found, self.path, self.source, self.origin))
 
     def copy(self, node: Node) -> str:
         return self._append(node)

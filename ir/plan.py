@@ -26,6 +26,7 @@ class Node:
     type: Type
     path: str = ""  # the PyTorch module it comes from
     source: str = field(default="", compare=False)  # file and line in the user's model; not printed
+    origin: str = field(default="", compare=False)  # the line of the model level that it comes from; not printed
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ def lower_to_protocol(draft: Draft) -> Draft:
     plan, suite = draft.plan, SUITES[draft.plan.protocol]
     b = Builder(Level.PROTOCOL)
     for node in plan.nodes:
-        with b.at(node.path, node.source):
+        with b.at(node.path, node.source, node.origin):
             _lower(b, node, suite)
     return draft.with_(b.plan(plan, plan.result))
 

@@ -30,6 +30,7 @@ class Linear(ModelOp):
     name = "model.linear"
     aten = ("aten.linear.default",)
     batch_anywhere = True
+    own_weights = ("weight", "bias")
 
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str:

@@ -238,6 +238,21 @@ class SumAlong(ModelOp):
         return (Sample(cls((1, 3)), (real(_N, 4, 3, 2),)), Sample(cls((2,), True), (real(_N, 4, 3),)))
 
 
+class OverEverything(Layer):
+    """What takes in the batch together with all other dimensions."""
+
+    aten = tuple(
+        f"aten.{name}.default" for name in ("sum", "mean", "max", "min", "all", "any", "prod", "norm", "std", "var")
+    )
+
+    @classmethod
+    def capture(cls, graph: Capture, **k: Any) -> str:
+        graph.unsupported(
+            "it takes in the batch with all other dimensions; name those that it shall take in, and choose between "
+            "two values by torch.where"
+        )
+
+
 def rows(graph: Capture, x: str, axes: Sequence[int], keepdim: bool) -> tuple[str, Shape]:
     """x as N x kept x count, the axes joined in the last; and the shape, without the batch, once they are gone."""
     shape = graph.fixed_shape(x)

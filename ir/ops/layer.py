@@ -20,12 +20,14 @@ class Layer:
     batch_anywhere: whether it also works where the batch is not the first dimension of the tensor in PyTorch: element
         by element, along the last dimension, or along `axes`. Lines always have it first, the other dimensions in
         order behind it.
+    own_weights: names of arguments that are constants of a shape of their own, not to be broadcast.
     increasing: whether it is an increasing function of each element; such a one commutes with maxima.
     """
 
     aten: ClassVar[tuple[str, ...]] = ()
     axes: ClassVar[tuple[str, ...]] = ()
     batch_anywhere: ClassVar[bool] = False
+    own_weights: ClassVar[tuple[str, ...]] = ()
     increasing: ClassVar[bool] = False
     known: ClassVar[list[type[Layer]]] = []
 

@@ -138,6 +138,45 @@ class Reordered(Layer):
         return x
 
 
+class Scatter(Layer):
+    """x with a slice or an element replaced: what writing to a view of x becomes."""
+
+    aten = ("aten.slice_scatter.default", "aten.select_scatter.default")
+    axes = ("dim",)
+    batch_anywhere = True
+
+    @classmethod
+    def capture(cls, graph: Capture, **k: Any) -> str:
+        x, source, axis = k["self"], k["src"], k["dim"]
+        size = graph.fixed_shape(x)[axis]
+        if "index" in k:
+            places = [k["index"] % size]
+            shape = graph.fixed_shape(source)
+            added = (*shape[1:axis], 1, *shape[axis:])
+            wide = graph.is_weight(source)
+            source = graph.reshaped_weight(source, (1, *added)) if wide else reshaped(graph, source, added)
+        else:
+            places = list(range(*slice(k["start"], k["end"], k["step"]).indices(size)))
+        indices = list(range(size))
+        for i, place in enumerate(places):
+            indices[place] = size + i
+        return taken(graph, graph.emit(Concat(axis), x, source), axis, indices)
+
+
+class Copy(Layer):
+    """The second operand in the shape of the first, whose values are not read."""
+
+    aten = ("aten.copy.default",)
+    batch_anywhere = True
+
+    @classmethod
+    def capture(cls, graph: Capture, **k: Any) -> str:
+        if graph.shape(k["src"]) != graph.shape(k["self"]):
+            graph.unsupported("a value written to a larger one; expand it first")
+        source: str = k["src"]
+        return source
+
+
 class Index(Layer):
     """x[..., indices, ...] with constant indices along one axis, or several that broadcast against each other."""
 
