@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 
-from tacit.constants import Constants, NotConstant
+from tacit.constants import NotConstant
 from tacit.export import functional, module_path, source_line
-from tacit.ir.build import Builder
-from tacit.ir.errors import CompileError, draw
-from tacit.ir.op import Level, Op
+from tacit.graph import FLOATS, Graph
+from tacit.ir.errors import CompileError
+from tacit.ir.op import Level
 from tacit.ir.ops.layer import Layer, layers
-from tacit.ir.ops.model import Argmax, AsReal, CountCorrect
+from tacit.ir.ops.model import Argmax, CountCorrect
 from tacit.ir.ops.outputs import Pack
 from tacit.ir.ops.roles import Input, Weight
 from tacit.ir.plan import Plan
-from tacit.ir.types import Batch, Dim, Type, dim_at
+from tacit.ir.types import Batch, Type
 from tacit.layout import Laid, Layout
 
 Tensor = torch.Tensor
 Range = tuple[float, float]
-_FLOATS = (torch.float32, torch.float64)
 _NUMBERS = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
 _VIEWS = {
     f"aten.{name}"
@@ -50,142 +47,24 @@ _PERMUTATIONS = {
 }  # fmt: skip
 
 
-class Capture(Builder):
+class Capture(Graph):
     """Reads an exported graph node by node; layers write themselves through `emit`."""
 
     def __init__(self, program: ExportedProgram, ranges: Sequence[Range]) -> None:
-        super().__init__(Level.MODEL)
-        self.program = functional(program)
-        self.weights: dict[str, Tensor] = {}
-        self.target = ""
+        super().__init__(functional(program))
         self._values: dict[torch.fx.Node, Any] = {}  # a Laid, or a list of them for several results
         self._lines: dict[torch.fx.Node, str] = {}  # of constants that are in use
         self._sources: dict[torch.fx.Node, tuple[str, Tensor]] = {}  # parameters and buffers
-        self._labels: dict[str, str] = {}  # the label of each line that holds a weight
-        self._raw: dict[str, Tensor] = {}  # constants as the model has them, truth values and indices among them
-        self._truths: set[str] = set()
-        self._ops: dict[str, tuple[Op, tuple[str, ...]]] = {}
-        self._node: torch.fx.Node | None = None
         self._ranges = list(ranges)
         self._layers = layers()
-        self._constants = Constants()
         self._layout = Layout(self, self.unsupported)
-
-    # --- what layers ask ---
-
-    def shape(self, name: str) -> tuple[Dim, ...]:
-        return self.types[name].shape
-
-    def fixed_shape(self, name: str) -> tuple[int, ...]:
-        """The shape for a batch of one."""
-        return self.types[name].at(1).dims
-
-    def batches(self, name: str) -> int:
-        """How many times N the first dimension is."""
-        return dim_at(self.types[name].shape[0], 1)
-
-    def op(self, name: str) -> Op | None:
-        """What a line was made by; numbers made of a truth value count as the truth value."""
-        op, args = self._ops.get(name, (None, ()))
-        return self.op(args[0]) if isinstance(op, AsReal) else op
-
-    def operands(self, name: str) -> tuple[str, ...]:
-        op, args = self._ops[name]
-        return self.operands(args[0]) if isinstance(op, AsReal) else args
-
-    def scalar(self, value: complex) -> float:
-        """A number of the model's own text, which has to be real and finite."""
-        if isinstance(value, complex) or not math.isfinite(value):
-            self.unsupported(f"the scalar {value} is not finite and real (a division by zero gives inf)")
-        return float(value)
-
-    def emit(self, op: Op, *args: str, name: str = "", width: int | None = None) -> str:
-        """As every builder; an op on constants alone is computed here and becomes a constant."""
-        if args and all(self.is_weight(arg) for arg in args):
-            operands = [self.value(arg) for arg in args]
-            operands = [x if x.is_floating_point() else x.float() for x in operands]
-            return self.constant(f"folded{len(self.weights)}", op.reference(None, *operands))
-        line = super().emit(op, *args, name=name, width=width)
-        self._ops[line] = (op, args)
-        return line
-
-    def is_weight(self, name: str) -> bool:
-        return name in self._labels
-
-    def is_truth(self, name: str) -> bool:
-        """Whether the line holds truth values, 0 or 1."""
-        from tacit.ir.ops.compare import Comparison
-
-        if self.is_weight(name):
-            return self.value(name).dtype == torch.bool
-        return name in self._truths or isinstance(self._ops.get(name, (None,))[0], Comparison)
-
-    def value(self, name: str) -> Tensor:
-        """The constant behind a line."""
-        return self._raw[self._labels[name]]
-
-    def require_weights(self, arguments: dict[str, Any], *names: str) -> None:
-        """Stop where one of these arguments depends on the input."""
-        for name in names:
-            if arguments.get(name) is not None and not self.is_weight(arguments[name]):
-                self.unsupported(f"its {name.replace('_', ' ')} depends on the input, and has to be constant")
-
-    def constant(self, label: str, value: Tensor) -> str:
-        """A weight that the model leaves implicit, such as the unit scale of a batch norm without one."""
-        return self._weight(f"{self.path or 'model'}.{label}", value)
-
-    def reshaped_weight(self, name: str, shape: Sequence[int]) -> str:
-        """A constant in another shape."""
-        value = self.value(name).reshape(*shape)
-        return name if value.shape == self.value(name).shape else self.constant(f"reshaped{len(self.weights)}", value)
-
-    def static_indices(self, name: str, size: int) -> list[int]:
-        """The indices in a constant, from 0 up."""
-        if not self.is_weight(name):
-            self.unsupported("an index that depends on the input")
-        return self.static_indices_of(self.value(name), size)
-
-    def static_indices_of(self, value: Tensor, size: int) -> list[int]:
-        found: list[int] = value.flatten().tolist()
-        if value.is_floating_point() or any(not -size <= i < size for i in found):
-            self.unsupported(f"an index that is no integer below {size}")
-        return [i % size for i in found]
-
-    def result_shape(self) -> tuple[Dim, ...]:
-        """The shape of the graph node under way, as torch.export has it."""
-        assert self._node is not None
-        return tuple(self._dim(d) for d in self._node.meta["val"].shape)
-
-    def result_dtype(self) -> torch.dtype:
-        assert self._node is not None
-        dtype: torch.dtype = self._node.meta["val"].dtype
-        return dtype
-
-    @contextmanager
-    def as_target(self, target: str) -> Iterator[None]:
-        """While a layer is written by means of another one's operator."""
-        before, self.target = self.target, target
-        yield
-        self.target = before
-
-    def unsupported(self, reason: str) -> NoReturn:
-        """Stop with the graph drawn around the node under way."""
-        assert self._node is not None
-        lines = [n.format_node() or str(n) for n in self.program.graph.nodes]
-        place = list(self.program.graph.nodes).index(self._node)
-        path, source = module_path(self._node), source_line(self._node)
-        where = f"module '{path}'" if path else "the model"
-        head = f"{where}{', ' + source if source else ''}: {reason}"
-        raise CompileError(draw(lines, place, head))
-
-    # --- the graph ---
 
     def run(self, name: str, reveal: str) -> Plan:
         """The whole graph, with the argmax or the count that `reveal` asks for."""
         result = ""
         self._require_no_writes()
         for node in self.program.graph.nodes:
-            self._node = node
+            self.node = node
             if node.op == "placeholder":
                 self._placeholder(node)
             elif node.op == "call_function":
@@ -207,7 +86,7 @@ class Capture(Builder):
         signature = self.program.graph_signature
         written = signature.buffers_to_mutate | signature.user_inputs_to_mutate
         for name, label in written.items():
-            self._node = next(node for node in self.program.graph.nodes if node.name == name)
+            self.node = next(node for node in self.program.graph.nodes if node.name == name)
             self.unsupported(
                 f"the model writes to '{label}' while it runs; compute on a copy, as in x = x + 1 or x.clone()"
             )
@@ -225,33 +104,23 @@ class Capture(Builder):
         value = self.program.state_dict.get(label)
         value = self.program.constants[label] if value is None else value
         self._sources[node] = (label, value)
-        self._constants.put(node, value)
+        self.constants.put(node, value)
 
     def _input(self, node: torch.fx.Node) -> None:
         value = node.meta.get("val")
-        if not isinstance(value, torch.Tensor) or value.dtype not in _FLOATS:
+        if not isinstance(value, torch.Tensor) or value.dtype not in FLOATS:
             kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
             self.unsupported(f"input '{node.name}' is {kind}; inputs are float32 or float64 tensors")
         if value.dim() < 1 or isinstance(value.shape[0], int):
             self.unsupported(
                 f"input '{node.name}' has no symbolic batch as its first dimension: export with a dynamic one"
             )
-        self._constants.symbols |= value.shape[0].node.expr.free_symbols
+        self.constants.symbols |= value.shape[0].node.expr.free_symbols
         if not self._ranges:
             raise CompileError("the model takes more inputs than there are examples")
         low, high = self._ranges.pop(0)
-        declared = Type("real", tuple(self._dim(d) for d in value.shape))
+        declared = Type("real", tuple(self.dim(d) for d in value.shape))
         self._values[node] = Laid(self.declare(Input(node.name, low, high), declared, name=node.name))
-
-    def _dim(self, size: Any) -> Dim:
-        if isinstance(size, int):
-            return size
-        symbols = self._constants.symbols
-        expression = size.node.expr
-        one, three = (expression.subs(dict.fromkeys(symbols, n)) for n in (1, 3))
-        if not one.is_Integer or one < 1 or three != 3 * one:
-            self.unsupported(f"a dimension of {size} is neither fixed nor a multiple of the batch")
-        return Batch(int(one))
 
     def _call(self, node: torch.fx.Node) -> None:
         value = node.meta.get("val")
@@ -282,7 +151,7 @@ class Capture(Builder):
         found = self._captured(layer, self._arguments(node), value)
         self._values[node] = found if isinstance(found, list) else self._fits(found, value)
         if isinstance(value, torch.Tensor) and value.dtype == torch.bool and isinstance(found, Laid):
-            self._truths.add(found.line)
+            self.truths.add(found.line)
 
     def _number(self, node: torch.fx.Node) -> None:
         """A size, as in x.view(x.size(0), -1), or a check of one: shapes are read off the results. No value is."""
@@ -296,7 +165,7 @@ class Capture(Builder):
 
     def _is_constant(self, node: torch.fx.Node) -> bool:
         try:
-            return self._constants.evaluate(node)
+            return self.constants.evaluate(node)
         except NotConstant as reason:
             self.unsupported(str(reason))
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
@@ -310,7 +179,8 @@ class Capture(Builder):
         if source not in self._values:
             return False
         given: list[Any] = [*node.args[1 + ("scatter" in self.target) :]]
-        dim, start, end, step = *given, *(0, None, None, 1)[len(given) :]
+        defaults: list[Any] = [0, None, None, 1]
+        dim, start, end, step = given + defaults[len(given) :]
         x = self._values[source]
         everything = start in (None, 0) and (end is None or (isinstance(end, int) and end >= 1 << 62)) and step == 1
         return bool(dim % len(self._layout.shape(x)) == x.place and everything)
@@ -388,7 +258,7 @@ class Capture(Builder):
     def _fits(self, found: Laid, value: Any) -> Laid:
         """The result, whose shape has to be the one that PyTorch has."""
         if not self.is_weight(found.line):
-            shape = tuple(self._dim(d) for d in value.shape)
+            shape = tuple(self.dim(d) for d in value.shape)
             if self._layout.shape(found) != shape:
                 self.unsupported(f"its shape came out as {self._layout.shape(found)}, torch has {tuple(value.shape)}")
         return found
@@ -414,41 +284,20 @@ class Capture(Builder):
             return [self._resolve(v) for v in value]
         if not isinstance(value, torch.fx.Node) or value in self._values:
             return self._values.get(value, value) if isinstance(value, torch.fx.Node) else value
-        if value not in self._constants:
+        if value not in self.constants:
             return value
         if isinstance(value.meta.get("val"), _NUMBERS):
-            return self._constants.number(value)
+            return self.constants.number(value)
         if value not in self._lines:
             try:
-                tensor = self._constants.value(value)
+                tensor = self.constants.value(value)
             except NotConstant as reason:
                 self.unsupported(str(reason))
             label = (
                 self._sources[value][0] if value in self._sources else f"{module_path(value) or 'model'}.{value.name}"
             )
-            self._lines[value] = self._weight(label, tensor)
+            self._lines[value] = self.weight(label, tensor)
         return self._lines[value]
-
-    def _weight(self, label: str, value: Tensor) -> str:
-        """A line for a constant; it goes again if nothing but its shape or its indices are used."""
-        kind = f"'{label}' is {value.dtype}; weights are float32 or float64"
-        if value.is_quantized:
-            self.unsupported(f"{kind}: compile the model before it is quantised")
-        if value.is_complex():
-            self.unsupported(f"{kind}: write real and imaginary parts as two tensors")
-        if value.is_floating_point() and value.dtype not in _FLOATS:
-            self.unsupported(f"{kind}: convert with model.float()")
-        value = value.detach()
-        if value.is_floating_point() and not bool(torch.isfinite(value.sum(dtype=torch.float64))):
-            self.unsupported(f"'{label}' holds NaN or infinity")
-        shaped = value.reshape(1) if value.dim() == 0 else value
-        self.weights[label] = shaped if value.is_floating_point() else shaped.float()
-        self._raw[label] = value
-        name = self.declare(Weight(label), Type("real", tuple(shaped.shape)), name=self.fresh("w"))
-        self._labels[name] = label
-        return name
-
-    # --- the end ---
 
     def _output(self, node: torch.fx.Node, reveal: str) -> str:
         outputs: Any = node.args[0]

@@ -18,8 +18,9 @@ from tacit.ir.types import Type
 from tacit.passes.draft import Draft, Values
 
 Tensor = torch.Tensor
-# Logits are to be within 2^-8 of the float model's. Probes are few, so the error seen on them is held to a quarter.
-_TOLERANCE = 2.0**-10
+# Logits are to be within 2^-8 of the float model's; where the largest is below 1, within 2^-8 of it, and where it is
+# above 32, within 2^-13 of it. Probes are few, so the error seen on them is held to a quarter.
+_TOLERANCE, _LEAST_LOGIT = 2.0**-10, 2.0**-8
 _TRIAL_FRAC, _LEAST_FRAC, MOST_FRAC_BITS = 12, 8, 20
 # Weights get some bits more than activations: they cost nothing in any comparison.
 _EXTRA_WEIGHT_BITS = 4
@@ -37,7 +38,8 @@ def choose_scale(draft: Draft) -> Draft:
     exact = real.estimate(probes).double()
     trial = expand_to_fixed_point(real)
     fixed = trial.estimate(probes).double() / 2.0 ** trial.plan.node(trial.plan.result).type.frac
-    allowed = _TOLERANCE * max(1.0, float(exact.abs().max()) / 32)
+    largest = float(exact.abs().max())
+    allowed = _TOLERANCE * (min(1.0, max(largest, _LEAST_LOGIT)) if largest < 32 else largest / 32)
     error = float((fixed - exact).abs().max())
     extra = math.ceil(math.log2(max(error, 1e-12) / allowed))
     return draft.with_(draft.plan, frac_bits=min(max(_TRIAL_FRAC + extra, _LEAST_FRAC), MOST_FRAC_BITS))
