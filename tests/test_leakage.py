@@ -106,6 +106,26 @@ def test_no_party_opens_a_stream_twice(sample: Sample, monkeypatch: pytest.Monke
     assert len(set(opened)) == len(opened)
 
 
+def recovered_by_p0(secret: int) -> bool:
+    """ComputeMSB opens r = 2 a + x; if ShareConvert gave P0 a share that equals x, then r - x tells the input a."""
+    plan, odd = single(dict(samples(Level.PROTOCOL))["securenn.relu-0"]), 2**64 - 1
+    session, _ = constant_run(plan, 4, secret, seed=3)
+
+    def words(source: int, target: int) -> list[tuple[int, ...]]:
+        sent = [t for link, tensors in session.network.transcript or [] for t in tensors if link == (source, target)]
+        return [tuple(v % 2**64 for v in t.flatten().tolist()) for t in sent if t.dtype == torch.int64]
+
+    mine, theirs, dealt = words(P0, P1), words(P1, P0), words(P2, P0)
+    guesses = ((a[0] + b[0] - x[0]) % odd for a in mine for b in theirs for x in dealt if len(a) == len(b) == len(x))
+    return any(guess in (2 * secret % odd, 4 * secret % odd) for guess in guesses)
+
+
+def test_a_stream_for_both_phases_would_give_p0_the_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not recovered_by_p0(123456789)
+    monkeypatch.setattr(party, "_ONLINE", 0)
+    assert recovered_by_p0(123456789)
+
+
 @pytest.mark.parametrize("name", ["relu-0", "relu-3", "max_pool2d-0", "argmax-2", "equal-0", "securenn.relu-0"])
 def test_what_p2_can_combine_is_a_fair_bit_at_a_uniform_place(name: str) -> None:
     """P2 adds both vectors: at most one zero, with probability 1/2, anywhere; all else uniform on Z_p^*."""

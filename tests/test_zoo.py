@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import tacit
-from tacit import zoo
+from tacit import cli, zoo
 from tacit.ir.ops.roles import Reveal
 
 # Models that wait for a function that is not supported yet, by the operator at which they are refused.
@@ -77,6 +82,16 @@ def test_one_that_waits_is_refused_before_it_costs_anything() -> None:
         tacit.compile(model, image)
 
 
+@pytest.mark.slow
+def test_memory_is_in_proportion_to_the_model() -> None:
+    """The float32 weights, the ring integers, and one layer at a time: in a process of its own."""
+    command = [sys.executable, "-c", "from tacit.cli import main; main()", "zoo", "vgg19", "--json"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    row = json.loads(found.stdout)
+    assert row["error"] == ""
+    assert row["peak_bytes"] < 24 * row["parameters"] + 2**30
+
+
 def test_an_unknown_model_is_refused() -> None:
     with pytest.raises(tacit.CompileError, match="resnet51"):
         zoo.build("resnet51")
@@ -111,3 +126,13 @@ def test_a_small_image_goes_through_encrypted() -> None:
 @pytest.mark.parametrize("name", ENCRYPTED)
 def test_every_family_goes_through_encrypted(name: str) -> None:
     encrypted(name, SMALLEST.get(name, 64))
+
+
+def test_the_command_prints_a_table() -> None:
+    shown = CliRunner().invoke(cli.app, ["zoo", "shufflenet_v2_x0_5"])
+    assert shown.exit_code == 0
+    header, rule, row = shown.output.splitlines()
+    assert header.count("|") == rule.count("|") == row.count("|") == 7
+    assert row.startswith("| shufflenet_v2_x0_5 | 1.4 M |")
+    failed = CliRunner().invoke(cli.app, ["zoo", "resnet51"])
+    assert failed.exit_code == 1
