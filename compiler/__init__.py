@@ -1,5 +1,6 @@
 """Tacit: a compiler from PyTorch models to secure three-party inference."""
 
+from tacit.diff import diff
 from tacit.driver import compile
 from tacit.ir import ops as _ops
 from tacit.ir.errors import (
@@ -8,6 +9,7 @@ from tacit.ir.errors import (
     InputError,
     PlanError,
     ProtocolError,
+    RangeError,
     TacitError,
     WeightsError,
 )
@@ -21,10 +23,12 @@ __all__ = [
     "Plan",
     "PlanError",
     "ProtocolError",
+    "RangeError",
     "Secure",
     "TacitError",
     "WeightsError",
     "compile",
+    "diff",
     "load",
 ]
 del _ops

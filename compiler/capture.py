@@ -1,131 +1,95 @@
-"""Capture: from a PyTorch model to a plan of the model level, through torch.export."""
+"""Capture: from an exported graph to a plan of the model level."""
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from torch.export import Dim as ExportDim
 from torch.export import ExportedProgram
 
-from tacit.ir.build import Builder
-from tacit.ir.errors import CompileError, draw
-from tacit.ir.op import Level, Op
-from tacit.ir.ops.model import Argmax, CountCorrect, layers
+from tacit.constants import NotConstant
+from tacit.export import functional, module_path, source_line
+from tacit.graph import FLOATS, Graph
+from tacit.ir.errors import CompileError
+from tacit.ir.op import Level
+from tacit.ir.ops.layer import Layer, layers
+from tacit.ir.ops.model import Argmax, CountCorrect
+from tacit.ir.ops.outputs import Pack
 from tacit.ir.ops.roles import Input, Weight
 from tacit.ir.plan import Plan
-from tacit.ir.types import Batch, Dim, Type
+from tacit.ir.types import Batch, Type
+from tacit.layout import Laid, Layout
 
 Tensor = torch.Tensor
 Range = tuple[float, float]
-_FLOATS = (torch.float32, torch.float64)
+_NUMBERS = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
+_VIEWS = {
+    f"aten.{name}"
+    for name in (
+        "view.default",
+        "reshape.default",
+        "_unsafe_view.default",
+        "flatten.using_ints",
+        "unflatten.int",
+        "unsqueeze.default",
+        "squeeze.default",
+        "squeeze.dim",
+        "squeeze.dims",
+        "view_as.default",
+    )
+}
+_PERMUTATIONS = {
+    f"aten.{name}"
+    for name in ("permute.default", "transpose.int", "swapaxes.default", "swapdims.default", "t.default",
+                 "movedim.int", "movedim.intlist", "moveaxis.int", "moveaxis.intlist")
+}  # fmt: skip
 
 
-def export(model: torch.nn.Module | ExportedProgram, examples: tuple[Tensor, ...]) -> ExportedProgram:
-    """The exported graph, with a symbolic batch; raises CompileError."""
-    if isinstance(model, ExportedProgram):
-        return model
-    if not isinstance(model, torch.nn.Module):
-        raise CompileError(
-            f"expected a torch.nn.Module, a GraphModule or an ExportedProgram, not {type(model).__name__}"
-        )
-    training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
-    if training:
-        raise CompileError(f"the model is in training mode (module '{training[0]}'); call model.eval() first")
-    # A batch of one would be taken for a constant.
-    enough = tuple(torch.cat([x, x]) if x.shape[0] == 1 else x for x in examples)
-    dynamic = tuple({0: ExportDim.DYNAMIC} for _ in enough)
-    try:
-        return torch.export.export(model, enough, dynamic_shapes=dynamic)
-    except Exception as error:  # torch.export raises many unrelated types
-        raise CompileError(
-            "torch.export could not capture the model with a batch of any size. Usual causes: control flow that "
-            "depends on values, or a shape that fixes the batch. "
-            f"It said: {(str(error) or type(error).__name__).strip().splitlines()[0]}"
-        ) from error
-
-
-class Capture(Builder):
-    """Reads an exported graph node by node; ops write themselves through `emit`."""
+class Capture(Graph):
+    """Reads an exported graph node by node; layers write themselves through `emit`."""
 
     def __init__(self, program: ExportedProgram, ranges: Sequence[Range]) -> None:
-        super().__init__(Level.MODEL)
-        self.program = program
-        self.weights: dict[str, Tensor] = {}
-        self.target = ""
-        self._names: dict[torch.fx.Node, str] = {}
-        self._pending: dict[torch.fx.Node, tuple[str, Tensor]] = {}
-        self._labels: dict[str, str] = {}  # the label of each line that holds a weight
-        self._node: torch.fx.Node | None = None
-        self._batch: Any = None
+        super().__init__(functional(program))
+        self._values: dict[torch.fx.Node, Any] = {}  # a Laid, or a list of them for several results
+        self._lines: dict[torch.fx.Node, str] = {}  # of constants that are in use
+        self._sources: dict[torch.fx.Node, tuple[str, Tensor]] = {}  # parameters and buffers
         self._ranges = list(ranges)
         self._layers = layers()
-
-    def shape(self, name: str) -> tuple[Dim, ...]:
-        return self.types[name].shape
-
-    def fixed_shape(self, name: str) -> tuple[int, ...]:
-        """The shape for a batch of one."""
-        return self.types[name].at(1).dims
-
-    def scalar(self, value: complex) -> float:
-        """A number of the model's own text, which has to be real and finite."""
-        if isinstance(value, complex) or not math.isfinite(value):
-            self.unsupported(f"the scalar {value} is not finite and real (a division by zero gives inf)")
-        return float(value)
-
-    def emit(self, op: Op, *args: str, name: str = "", width: int | None = None) -> str:
-        """As every builder; an op on constants alone is computed here and becomes a constant."""
-        if args and all(self.is_weight(arg) for arg in args):
-            operands = [self.weights[self._labels[arg]] for arg in args]
-            return self.constant(f"folded{len(self.weights)}", op.reference(None, *operands))
-        return super().emit(op, *args, name=name, width=width)
-
-    def is_weight(self, name: str) -> bool:
-        return name in self._labels
-
-    def constant(self, label: str, value: Tensor) -> str:
-        """A weight that the model leaves implicit, such as the unit scale of a batch norm without one."""
-        return self._weight(f"{self.path or 'model'}.{label}", value)
-
-    def result_shape(self) -> tuple[Dim, ...]:
-        """The shape of the graph node under way, as torch.export has it."""
-        assert self._node is not None
-        return tuple(self._dim(d) for d in self._node.meta["val"].shape)
-
-    def unsupported(self, reason: str) -> NoReturn:
-        """Stop with the graph drawn around the node under way."""
-        assert self._node is not None
-        lines = [n.format_node() or str(n) for n in self.program.graph.nodes]
-        place = list(self.program.graph.nodes).index(self._node)
-        where = f"module '{self.path}'" if self.path else "the model"
-        head = f"{where}{', ' + self.source if self.source else ''}: {reason}"
-        raise CompileError(draw(lines, place, head))
+        self._layout = Layout(self, self.unsupported)
 
     def run(self, name: str, reveal: str) -> Plan:
         """The whole graph, with the argmax or the count that `reveal` asks for."""
         result = ""
+        self._require_no_writes()
         for node in self.program.graph.nodes:
-            self._node = node
+            self.node = node
             if node.op == "placeholder":
                 self._placeholder(node)
-            elif isinstance(node.meta.get("val"), (int, torch.SymInt)):
-                continue  # a size, as in x.view(x.size(0), -1): shapes are read off the results
             elif node.op == "call_function":
-                with self.at(_module_path(node), _source(node)):
-                    self._names[node] = self._call(node)
+                with self.at(module_path(node), source_line(node)):
+                    self._call(node)
             elif node.op == "output":
-                result = self._output(node)
+                result = self._output(node, reveal)
             else:
                 self.unsupported(f"the graph holds a '{node.op}' node")
         if self._ranges:
             raise CompileError(f"there are {len(self._ranges)} examples more than the model has inputs")
-        result = self._revealed(result, reveal)
         plan = Plan(name, tuple(self.nodes), result, Level.MODEL, reveal=reveal, ranges="none")
+        plan = plan.without_dead_lines()
+        self.weights = {n.op.label: self.weights[n.op.label] for n in plan.find(Weight) if isinstance(n.op, Weight)}
         return plan.verify()
+
+    def _require_no_writes(self) -> None:
+        """A model is a function of its input: it keeps nothing and changes nothing that it was given."""
+        signature = self.program.graph_signature
+        written = signature.buffers_to_mutate | signature.user_inputs_to_mutate
+        for name, label in written.items():
+            self.node = next(node for node in self.program.graph.nodes if node.name == name)
+            self.unsupported(
+                f"the model writes to '{label}' while it runs; compute on a copy, as in x = x + 1 or x.clone()"
+            )
 
     def _placeholder(self, node: torch.fx.Node) -> None:
         signature = self.program.graph_signature
@@ -139,53 +103,171 @@ class Capture(Builder):
             self.unsupported(f"the graph input '{node.name}' is neither an input, a parameter nor a buffer")
         value = self.program.state_dict.get(label)
         value = self.program.constants[label] if value is None else value
-        self._pending[node] = (label, value)
+        self._sources[node] = (label, value)
+        self.constants.put(node, value)
 
     def _input(self, node: torch.fx.Node) -> None:
         value = node.meta.get("val")
-        if not isinstance(value, torch.Tensor) or value.dtype not in _FLOATS:
+        if not isinstance(value, torch.Tensor) or value.dtype not in FLOATS:
             kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
             self.unsupported(f"input '{node.name}' is {kind}; inputs are float32 or float64 tensors")
-        if value.dim() < 2 or isinstance(value.shape[0], int):
+        if value.dim() < 1 or isinstance(value.shape[0], int):
             self.unsupported(
                 f"input '{node.name}' has no symbolic batch as its first dimension: export with a dynamic one"
             )
-        self._batch = value.shape[0] if self._batch is None else self._batch
+        self.constants.symbols |= value.shape[0].node.expr.free_symbols
         if not self._ranges:
             raise CompileError("the model takes more inputs than there are examples")
         low, high = self._ranges.pop(0)
-        declared = Type("real", tuple(self._dim(d) for d in value.shape))
-        self._names[node] = self.declare(Input(node.name, low, high), declared, name=node.name)
+        declared = Type("real", tuple(self.dim(d) for d in value.shape))
+        self._values[node] = Laid(self.declare(Input(node.name, low, high), declared, name=node.name))
 
-    def _dim(self, size: Any) -> Dim:
-        if isinstance(size, int):
-            return size
-        ratio = size.node.expr / self._batch.node.expr
-        if not ratio.is_Integer or ratio < 1:
-            self.unsupported(f"a dimension of {size} is neither fixed nor a multiple of the batch")
-        return Batch(int(ratio))
-
-    def _call(self, node: torch.fx.Node) -> str:
-        if node.target is operator.getitem:
-            self.unsupported("an op with several results")
+    def _call(self, node: torch.fx.Node) -> None:
+        value = node.meta.get("val")
+        if not node.users:
+            return
+        if value is None or isinstance(value, _NUMBERS):
+            self._number(node)
+            return
+        if node.target is operator.getitem and node.all_input_nodes[0] in self._values:
+            source: Any = self._values[node.all_input_nodes[0]]
+            index: Any = node.args[1]
+            if index >= len(source):
+                self.unsupported("this one of several results is not computed; use the first alone")
+            self._values[node] = self._fits(source[index], value)
+            return
+        if self._is_constant(node):
+            return
         self.target = str(node.target)
+        if self._whole_batch(node):
+            self._values[node] = self._values[node.all_input_nodes["scatter" in self.target]]
+            return
+        if self.target in _VIEWS or self.target in _PERMUTATIONS:
+            self._values[node] = self._fits(self._moved(node), value)
+            return
         layer = self._layers.get(self.target)
         if layer is None:
-            known = ", ".join(sorted({t.split(".")[1] for t in self._layers}))
+            self.unsupported(_unknown(self.target, self._layers))
+        found = self._captured(layer, self._arguments(node), value)
+        self._values[node] = found if isinstance(found, list) else self._fits(found, value)
+        if isinstance(value, torch.Tensor) and value.dtype == torch.bool and isinstance(found, Laid):
+            self.truths.add(found.line)
+
+    def _number(self, node: torch.fx.Node) -> None:
+        """A size, as in x.view(x.size(0), -1), or a check of one: shapes are read off the results. No value is."""
+        if "item" not in str(node.target) and "_local_scalar_dense" not in str(node.target):
+            return
+        if not self._is_constant(node):
             self.unsupported(
-                f"'{self.target}' is not supported.\nSupported: {known}.\nTo add it, write one subclass of "
-                "tacit.ir.ops.model.ModelOp with `aten`, `capture`, `reference` and `expand`, and import it first"
+                "a number is read off a value that depends on the input, which nobody may see; "
+                "use tensor operations (torch.where, torch.clamp) instead"
             )
-        name = layer.capture(self, **self._arguments(node))
-        if not self.is_weight(name) and self.types[name].shape != self.result_shape():
+
+    def _is_constant(self, node: torch.fx.Node) -> bool:
+        try:
+            return self.constants.evaluate(node)
+        except NotConstant as reason:
+            self.unsupported(str(reason))
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            self.unsupported(f"it cannot be computed ahead of time: {str(error).splitlines()[0]}")
+
+    def _whole_batch(self, node: torch.fx.Node) -> bool:
+        """Whether this is a slice like the first of x[:, 1:3], which takes all of the batch, or writes to it."""
+        if self.target not in ("aten.slice.Tensor", "aten.slice_scatter.default"):
+            return False
+        source = node.all_input_nodes["scatter" in self.target]
+        if source not in self._values:
+            return False
+        given: list[Any] = [*node.args[1 + ("scatter" in self.target) :]]
+        defaults: list[Any] = [0, None, None, 1]
+        dim, start, end, step = given + defaults[len(given) :]
+        x = self._values[source]
+        everything = start in (None, 0) and (end is None or (isinstance(end, int) and end >= 1 << 62)) and step == 1
+        return bool(dim % len(self._layout.shape(x)) == x.place and everything)
+
+    def _moved(self, node: torch.fx.Node) -> Laid:
+        """Views, and dimensions in another order."""
+        k = self._arguments(node)
+        x = k["self"] if "self" in k else k["input"]
+        if self.target in _VIEWS:
+            return self._layout.view(x, self.result_shape())
+        return self._layout.permute(x, _order(node, len(self._layout.shape(x))))
+
+    def _captured(self, layer: type[Layer], k: dict[str, Any], value: Any) -> Laid | list[Laid]:
+        """The layer written out on lines; its results laid out as its operands are."""
+        laid = [x for x in _flat(k.values()) if isinstance(x, Laid)]
+        first = laid[0]
+        if all(x.trivial for x in laid) or not layer.batch_anywhere:
+            names = _mapped(k, self._layout.batch_first)
+        else:
+            rank = max(len(self._layout.shape(x)) for x in laid)
+            laid = [self._of_rank(x, rank) for x in laid]
+            first = laid[0]
+            if any((x.place, x.left, x.right) != (first.place, first.left, first.right) for x in laid):
+                self.unsupported("its operands hold the batch in different dimensions")
+            names = _mapped(k, lambda x: self._of_rank(x, rank).line)
+            own = layer.own_weights
+            names = {key: v if key in own else self._laid_weights(v, first, rank) for key, v in names.items()}
+        for key in layer.axes:
+            names[key] = self._axes(names.get(key), first) if key in names else None
+        found = layer.capture(self, **{key: v for key, v in names.items() if key in k})
+        if isinstance(found, list):
+            return [self._result(first, line, val) for line, val in zip(found, value, strict=False)]
+        return self._result(first, found, value)
+
+    def _of_rank(self, x: Laid, rank: int) -> Laid:
+        shape = self._layout.shape(x)
+        return x if len(shape) == rank else self._layout.view(x, (*(1,) * (rank - len(shape)), *shape))
+
+    def _laid_weights(self, value: Any, like: Laid, rank: int) -> Any:
+        """Constants as they broadcast against lines laid out like `like`."""
+        if isinstance(value, list):
+            return [self._laid_weights(v, like, rank) for v in value]
+        if (
+            not isinstance(value, str)
+            or not self.is_weight(value)
+            or len(self.fixed_shape(value)) <= rank - like.place - 1
+        ):
+            return value
+        shape = [1] * (rank - len(self.fixed_shape(value))) + list(self.fixed_shape(value))
+        if shape[like.place] != 1:
+            self.unsupported("a constant that differs along the batch")
+        wide = [1, *shape[: like.place], *[1] * like.extra, *shape[like.place + 1 :]]
+        return self.reshaped_weight(value, wide)
+
+    def _axes(self, dims: Any, x: Laid) -> Any:
+        """Dimensions as axes of the line; the batch is none of them, but for a slice that takes all of it."""
+        if dims is None:
+            return None
+        if isinstance(dims, (list, tuple)):
+            return [self._axes(d, x) for d in dims]
+        dim = dims % len(self._layout.shape(x))
+        if dim == x.place:
             self.unsupported(
-                f"its shape came out as {self.types[name].shape}, torch has {tuple(node.meta['val'].shape)}"
+                "it acts along the batch, but elements of a batch do not depend on each other; name other dimensions"
             )
-        return name
+        return x.axis(dim)
+
+    def _result(self, like: Laid, line: str, value: Any) -> Laid:
+        """A result with the batch where PyTorch has it."""
+        if self.is_weight(line) or like.trivial:
+            return Laid(line)
+        symbolic = [i for i, d in enumerate(value.shape) if not isinstance(d, int)]
+        return like.like(line, symbolic[0] if symbolic else 0)
+
+    def _fits(self, found: Laid, value: Any) -> Laid:
+        """The result, whose shape has to be the one that PyTorch has."""
+        if not self.is_weight(found.line):
+            shape = tuple(self.dim(d) for d in value.shape)
+            if self._layout.shape(found) != shape:
+                self.unsupported(f"its shape came out as {self._layout.shape(found)}, torch has {tuple(value.shape)}")
+        return found
 
     def _arguments(self, node: torch.fx.Node) -> dict[str, Any]:
-        """Arguments by the names of the ATen schema, defaults filled in, tensors as names of lines."""
-        schema = node.target._schema  # type: ignore[union-attr]
+        """Arguments by the names of the ATen schema, defaults filled in; values as `Laid`, constants as lines."""
+        schema = getattr(node.target, "_schema", None)
+        if schema is None:
+            self.unsupported(f"'{node.target}' is no operator of PyTorch's, but a call with a graph of its own")
         out: dict[str, Any] = {}
         for i, argument in enumerate(schema.arguments):
             if i < len(node.args):
@@ -198,45 +280,59 @@ class Capture(Builder):
         return out
 
     def _resolve(self, value: Any) -> Any:
-        if isinstance(value, torch.fx.Node):
-            if value in self._pending:
-                self._names[value] = self._weight(*self._pending.pop(value))
-            return self._names.get(value, value)
         if isinstance(value, (list, tuple)):
             return [self._resolve(v) for v in value]
-        return value
+        if not isinstance(value, torch.fx.Node) or value in self._values:
+            return self._values.get(value, value) if isinstance(value, torch.fx.Node) else value
+        if value not in self.constants:
+            return value
+        if isinstance(value.meta.get("val"), _NUMBERS):
+            return self.constants.number(value)
+        if value not in self._lines:
+            try:
+                tensor = self.constants.value(value)
+            except NotConstant as reason:
+                self.unsupported(str(reason))
+            label = (
+                self._sources[value][0] if value in self._sources else f"{module_path(value) or 'model'}.{value.name}"
+            )
+            self._lines[value] = self.weight(label, tensor)
+        return self._lines[value]
 
-    def _weight(self, label: str, value: Tensor) -> str:
-        if value.dtype not in _FLOATS:
-            self.unsupported(f"'{label}' is {value.dtype}; weights are float32 or float64 (convert with model.float())")
-        if not bool(torch.isfinite(value).all()):
-            self.unsupported(f"'{label}' holds NaN or infinity")
-        value = value.detach().double()
-        value = value.reshape(1) if value.dim() == 0 else value
-        self.weights[label] = value
-        name = self.declare(Weight(label), Type("real", tuple(value.shape)), name=self.fresh("w"))
-        self._labels[name] = label
-        return name
-
-    def _output(self, node: torch.fx.Node) -> str:
+    def _output(self, node: torch.fx.Node, reveal: str) -> str:
         outputs: Any = node.args[0]
-        if not isinstance(outputs, (list, tuple)) or len(outputs) != 1 or outputs[0] not in self._names:
-            self.unsupported("the model has to return exactly one tensor that depends on its input")
-        if self.is_weight(self._names[outputs[0]]):
-            self.unsupported("the model has to return exactly one tensor that depends on its input")
-        return self._names[outputs[0]]
+        outputs = list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
+        lines: list[str | None] = []
+        for output in outputs:
+            if output is None:
+                lines.append(None)
+                continue
+            found = self._values.get(output) if isinstance(output, torch.fx.Node) else None
+            if not isinstance(found, Laid) or self.is_weight(found.line):
+                name = getattr(output, "name", output)
+                label = self._sources[output][0] if output in self._sources else name
+                self.unsupported(f"every result has to be a tensor that depends on the input; '{label}' does not")
+            lines.append(self._layout.batch_first(found))
+        tensors = [line for line in lines if line is not None]
+        if not tensors:
+            self.unsupported("the model returns no tensor")
+        spec = self.program.call_spec.out_spec
+        if len(lines) == 1 and (spec is None or spec.is_leaf()):
+            return self._revealed(tensors[0], reveal)
+        if reveal != "logits":
+            raise CompileError(f"reveal='{reveal}' needs a model that returns one tensor, this one returns {spec}")
+        return self.emit(Pack.of(self, lines, spec), *tensors)
 
     def _revealed(self, result: str, reveal: str) -> str:
         if reveal == "logits":
             return result
-        if not isinstance(next(n for n in self.nodes if n.name == result).op, Argmax):
+        if not isinstance(self.op(result), Argmax):
             if len(self.shape(result)) != 2:
                 raise CompileError(f"reveal='{reveal}' needs N x classes, the model returns {self.types[result]}")
             result = self.emit(Argmax(), result)
         if reveal == "argmax":
             return result
-        argmax = next(n for n in self.nodes if n.name == result)
-        classes = self.types[argmax.args[0]].at(1).dims[1]
+        classes = self.fixed_shape(self.operands(result)[0])[1]
         label = "targets"
         while label in self.types:
             label += "_"
@@ -245,19 +341,35 @@ class Capture(Builder):
         return self.emit(CountCorrect(), result, targets)
 
 
-def _module_path(node: torch.fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    path = str(next(reversed(stack.values()))[0]) if stack else ""
-    made_up = "_empty_nn_module_stack" in path or not all(c.isalnum() or c in "._" for c in path)
-    return "" if made_up else path
+def _unknown(target: str, known: dict[str, type[Layer]]) -> str:
+    names = ", ".join(sorted({t.split(".")[1].rstrip("_") for t in known} | {t.split(".")[1] for t in _VIEWS}))
+    return (
+        f"'{target}' is not supported.\nSupported: {names}.\nTo add it, write one subclass of "
+        "tacit.ir.ops.model.ModelOp with `aten`, `capture`, `reference` and `expand`, and import it first"
+    )
 
 
-def _source(node: torch.fx.Node) -> str:
-    """`file:line` of the innermost frame in the user's code."""
-    trace = node.meta.get("stack_trace") or ""
-    frames = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
-    outside = [f for f in frames if "/torch/nn/" not in f] or frames
-    if not outside:
-        return ""
-    parts = outside[-1].split(",")
-    return f"{parts[0].removeprefix('File ').strip(chr(34))}:{parts[1].removeprefix(' line ').strip()}"
+def _order(node: torch.fx.Node, rank: int) -> list[int]:
+    """Where the dimensions of a permutation come from: told by their sizes, all different."""
+    assert callable(node.target)
+    probe = torch.empty(tuple(range(1, rank + 1)), device="meta")
+    return [size - 1 for size in node.target(probe, *node.args[1:], **node.kwargs).shape]
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from _flat(value)
+        else:
+            yield value
+
+
+def _mapped(value: Any, function: Any) -> Any:
+    """The arguments with every laid-out value replaced by its line."""
+    if isinstance(value, Laid):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: _mapped(v, function) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_mapped(v, function) for v in value]
+    return value

@@ -23,6 +23,9 @@ from rich.text import Text
 from rich.theme import Theme
 from torch.export import ExportedProgram
 
+from tacit.diff import TOLERANCE, ranges_text
+from tacit.diff import diff as compare_layers
+from tacit.diff import text as diff_text
 from tacit.driver import compile as compile_model
 from tacit.ir.errors import PlanError, TacitError
 from tacit.ir.ops.roles import Input
@@ -277,10 +280,17 @@ _THEME = Theme(
 
 
 @app.command()
-def show(plan: PlanPath, as_json: AsJson = False) -> None:
+def show(
+    plan: PlanPath,
+    ranges: Annotated[bool, typer.Option("--ranges", help="The range of every line, and the bits left above.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Print a plan, after checking every line of it."""
     with _clear_errors():
         found = _read_plan(plan)
+    if ranges:
+        typer.echo(ranges_text(found))
+        return
     console = Console(theme=_THEME, highlight=False)
     if as_json:
         typer.echo(json.dumps(_plan_object(found)))
@@ -486,6 +496,59 @@ def _print_run(secure: Secure, answer: np.ndarray[Any, Any], output: Path | None
         typer.echo("checked   every line equals the clear oracle, bit for bit")
     typer.echo(_totals_text(figures))
     typer.echo(f"seconds   {measured.online_seconds:.4f} online, {measured.offline_seconds:.4f} offline")
+
+
+# --- diff ---
+
+
+@app.command("diff")
+def diff_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="As for `tacit compile`. Loading it runs its code.")],
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT.npy", help="One array for each input of the model.")],
+    input_range: Annotated[
+        tuple[float, float] | None,
+        typer.Option("--range", metavar="LOW HIGH", help="The range of the inputs."),
+    ] = None,
+    frac_bits: Annotated[int | None, typer.Option(help="Fractional bits of activations; default: chosen.")] = None,
+    calibrated: Annotated[
+        bool, typer.Option("--calibrated", help="Measure the ranges on these inputs instead of proving them.")
+    ] = False,
+    tolerance: Annotated[float, typer.Option(help="The largest error that is not marked.")] = TOLERANCE,
+    as_json: AsJson = False,
+) -> None:
+    """Float against fixed point, layer by layer: errors, ranges, headroom; the first layer over the tolerance."""
+    with _clear_errors():
+        arrays = [_read_array(path) for path in inputs]
+        found = compare_layers(
+            _load_model(model),
+            *arrays,
+            tolerance=tolerance,
+            input_range=input_range,
+            frac_bits=frac_bits,
+            calibration=tuple(arrays) if calibrated else None,
+        )
+    typer.echo(json.dumps(dataclasses.asdict(found)) if as_json else diff_text(found))
+
+
+# --- zoo ---
+
+
+@app.command("zoo")
+def zoo_command(
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="MODEL", help="Names as torchvision has them; default: all 80.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compile torchvision's classification models at full image size; print what each takes and costs."""
+    from tacit import zoo
+
+    with _clear_errors():
+        if not as_json:
+            typer.echo(zoo.table([]))
+        for name in models or zoo.names():
+            row, _ = zoo.compile_one(name)
+            typer.echo(json.dumps(dataclasses.asdict(row)) if as_json else zoo.line(row))
 
 
 # --- bench ---

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from tacit.capture import Capture, Range, export
+from tacit.capture import Capture, Range
+from tacit.export import export
 from tacit.ir.errors import CompileError
 from tacit.ir.ops.roles import Input
 from tacit.ir.plan import Plan
@@ -19,8 +20,10 @@ from tacit.passes.lower import SUITES
 from tacit.passes.quantise import MOST_FRAC_BITS
 from tacit.runtime.reference import interpret
 from tacit.secure import Secure, check_input
+from tacit.structure import in_order, leaves
 
 Tensor = torch.Tensor
+Model = torch.nn.Module | ExportedProgram
 REVEALS = ("logits", "argmax", "correct")
 _PROBES = 16
 # Without a declared range, inputs may reach this far at least.
@@ -28,12 +31,12 @@ _LEAST_REACH, _MOST_REACH = 4.0, 2.0**40
 
 
 def compile(
-    model: torch.nn.Module | ExportedProgram,
-    example_inputs: Tensor | Sequence[Tensor],
+    model: Model,
+    example_inputs: Any,
     *,
     reveal: str = "logits",
     protocol: str = "fused",
-    calibration: Tensor | Sequence[Tensor] | None = None,
+    calibration: Any = None,
     input_range: Range | Sequence[Range] | None = None,
     frac_bits: int | None = None,
     name: str | None = None,
@@ -41,7 +44,8 @@ def compile(
     """Compile a trained model into a protocol plan and the shares-to-be of its weights.
 
     model: a torch.nn.Module in evaluation mode, a torch.fx.GraphModule, or an ExportedProgram with a dynamic batch.
-    example_inputs: a float tensor or a tuple of them, as for torch.export; the first dimension is the batch.
+    example_inputs: a float tensor or a tuple of the model's arguments, each a float tensor or a tuple, list or
+        dictionary of them; the first dimension of all is the batch.
     reveal: what the client learns: "logits", "argmax", or "correct" (how many of a batch match secret targets).
     protocol: "fused" (three-round comparisons) or "securenn" (the textbook suite, a baseline).
     calibration: inputs on which value ranges are measured, with a margin of one bit; without them, ranges are proved.
@@ -53,6 +57,33 @@ def compile(
 
     Raises CompileError, which names the module, its source line and the remedy.
     """
+    draft = run_pipeline(
+        prepare(
+            model,
+            example_inputs,
+            reveal=reveal,
+            protocol=protocol,
+            calibration=calibration,
+            input_range=input_range,
+            frac_bits=frac_bits,
+            name=name,
+        )
+    )
+    return Secure(draft.plan, draft.weights, leaves(example_inputs)[0].dtype)
+
+
+def prepare(
+    model: Model,
+    example_inputs: Any,
+    *,
+    reveal: str = "logits",
+    protocol: str = "fused",
+    calibration: Any = None,
+    input_range: Range | Sequence[Range] | None = None,
+    frac_bits: int | None = None,
+    name: str | None = None,
+) -> Draft:
+    """What the passes start from: the captured model, with everything they need to know."""
     if reveal not in REVEALS:
         raise CompileError(f"reveal has to be one of {', '.join(REVEALS)}, not {reveal!r}")
     if protocol not in SUITES:
@@ -61,16 +92,17 @@ def compile(
         raise CompileError(f"frac_bits has to be an integer from 1 to {MOST_FRAC_BITS}, not {frac_bits!r}")
     if name is not None and not re.fullmatch(r"[\w.]+", name):
         raise CompileError(f"the name of a plan consists of letters, digits, '_' and '.', not {name!r}")
-    examples = _as_tuple(example_inputs, "example_inputs")
+    arguments = _arguments(example_inputs)
+    examples = _as_tuple(arguments, "example_inputs")
     ranges = _ranges(input_range, examples)
-    program = export(model, examples)
+    program = export(model, arguments)
     capture = Capture(program, ranges)
     plan = capture.run(name or _name_of(model), reveal)
     _require_fit(plan, examples, "example_inputs")
     if calibration is not None:
         calibration = _as_tuple(calibration, "calibration")
         _require_fit(plan, calibration, "calibration")
-    draft = Draft(
+    return Draft(
         plan.with_nodes(plan.nodes, protocol=protocol),
         capture.weights,
         _probes(plan, examples, calibration),
@@ -78,12 +110,16 @@ def compile(
         _calibration(plan, calibration),
         frac_bits,
     )
-    draft = run_pipeline(draft)
-    return Secure(draft.plan, draft.weights, examples[0].dtype)
 
 
-def _as_tuple(value: Tensor | Sequence[Tensor], what: str) -> tuple[Tensor, ...]:
-    items = (value,) if isinstance(value, torch.Tensor) else tuple(value) if isinstance(value, Sequence) else (value,)
+def _arguments(examples: Any) -> tuple[Any, ...]:
+    """The arguments of the model's forward, one by one; each may be nested."""
+    several = isinstance(examples, (tuple, list))
+    return tuple(in_order(x) for x in examples) if several else (in_order(examples),)
+
+
+def _as_tuple(value: Any, what: str) -> tuple[Tensor, ...]:
+    items = leaves(value)
     for x in items:
         if not isinstance(x, torch.Tensor) or x.dim() < 2 or not x.is_floating_point() or len(x) == 0:
             raise CompileError(

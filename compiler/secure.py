@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,12 +14,15 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from tacit.ir.errors import InputError, PlanError, WeightsError
+from tacit.ir.ops.outputs import Pack
 from tacit.ir.ops.roles import Input, Weight
 from tacit.ir.plan import Node, Plan
 from tacit.runtime import ring
 from tacit.runtime.channel import LinkModel
+from tacit.runtime.overflow import interpret_checked
 from tacit.runtime.reference import compare, interpret
 from tacit.runtime.session import Run, Session, Trace
+from tacit.structure import leaves
 
 Tensor = torch.Tensor
 PLAN_FILE, WEIGHTS_FILE = "plan.txt", "weights.safetensors"
@@ -43,17 +47,20 @@ class Secure:
     def __repr__(self) -> str:
         return f"<Secure {self.plan!r}>"
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Any) -> Any:
         """Encrypted inference; raises InputError before anything is shared if an input does not fit."""
         answer, _ = self._run(inputs, trace=False)
         return self._decoded(answer)
 
-    def reference(self, *inputs: Tensor) -> Tensor:
-        """The clear oracle: the same fixed-point arithmetic without cryptography, truncations rounded to nearest."""
-        values = interpret(self.plan, self._weights, self._checked(inputs))
-        return self._decoded(values[self.plan.result])
+    def reference(self, *inputs: Any, check: bool = False) -> Any:
+        """The clear oracle: the same fixed-point arithmetic without cryptography, truncations rounded to nearest.
 
-    def check(self, *inputs: Tensor) -> Tensor:
+        With `check`, raises RangeError at the first line of which a value leaves the range that the plan states.
+        """
+        run = interpret_checked if check else interpret
+        return self._decoded(run(self.plan, self._weights, self._checked(inputs))[self.plan.result])
+
+    def check(self, *inputs: Any) -> Any:
         """A secure run compared with the oracle under the same public truncation offsets, bit for bit at every line.
 
         Returns the answer; raises DivergenceError naming the first line that differs. It opens every
@@ -65,7 +72,7 @@ class Secure:
         compare(self.plan, trace.values, clear)
         return self._decoded(answer)
 
-    def _run(self, inputs: tuple[Tensor, ...], *, trace: bool) -> tuple[Tensor, Trace | None]:
+    def _run(self, inputs: tuple[Any, ...], *, trace: bool) -> tuple[Tensor, Trace | None]:
         checked = self._checked(inputs)
         encoded = {
             node.op.label: ring.encode(checked[node.op.label], node.type.frac)  # type: ignore[attr-defined]
@@ -91,8 +98,12 @@ class Secure:
     def inputs(self) -> list[Node]:
         return self.plan.find(Input)
 
-    def _checked(self, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    def _checked(self, arguments: tuple[Any, ...]) -> dict[str, Tensor]:
         """The inputs by label, each found fit; raises InputError."""
+        inputs = leaves(arguments)
+        odd = {type(x).__name__ for x in inputs if not isinstance(x, torch.Tensor)}
+        if odd:
+            raise InputError(f"an input has to be a tensor, or a structure of tensors, not {', '.join(sorted(odd))}")
         if len(inputs) != len(self.inputs):
             names = ", ".join(n.name for n in self.inputs)
             raise InputError(f"expected {len(self.inputs)} inputs ({names}), found {len(inputs)}")
@@ -104,8 +115,13 @@ class Secure:
             raise InputError("the inputs differ in batch size")
         return out
 
-    def _decoded(self, answer: Tensor) -> Tensor:
+    def _decoded(self, answer: Tensor) -> Any:
+        """What the model returns, from ring integers: a tensor, or the structure it has tensors in."""
         result = self.plan.node(self.plan.result).type
+        packs = self.plan.find(Pack)
+        if packs:
+            assert isinstance(packs[-1].op, Pack)
+            return packs[-1].op.split(ring.decode(answer, result.frac).to(self._dtype))
         if self.plan.reveal == "correct":
             return answer[0]
         if self.plan.reveal == "argmax" or result.frac == 0:

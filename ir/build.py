@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from tacit.ir.errors import CompileError, PlanError
-from tacit.ir.op import Level, Op
+from tacit.ir.op import Level, Op, inferred
 from tacit.ir.plan import Node, Plan
 from tacit.ir.types import Type
 
@@ -34,14 +34,15 @@ class Builder:
         self.types: dict[str, Type] = {}
         self.path = ""
         self.source = ""
+        self.origin = ""
         self._count = 0
 
     @contextmanager
-    def at(self, path: str, source: str) -> Iterator[None]:
-        """Lines written inside stem from this module and source line."""
-        self.path, self.source = path, source
+    def at(self, path: str, source: str, origin: str = "") -> Iterator[None]:
+        """Lines written inside stem from this module and source line, and from this line of the model level."""
+        self.path, self.source, self.origin = path, source, origin
         yield
-        self.path, self.source = "", ""
+        self.path, self.source, self.origin = "", "", ""
 
     def fresh(self, prefix: str = "") -> str:
         """A name that is not taken yet: %0, %1, ... or %w0, %m3."""
@@ -53,17 +54,17 @@ class Builder:
 
     def declare(self, op: Op, declared: Type, *, name: str) -> str:
         """A line whose type is declared rather than inferred: an input or a weight."""
-        return self._append(Node(name, op, (), op.infer(declared), self.path, self.source))
+        return self._append(Node(name, op, (), op.infer(declared), self.path, self.source, self.origin))
 
     def emit(self, op: Op, *args: str, name: str = "", width: int | None = None) -> str:
         """`%name = op %args`; raises CompileError, naming the module, where the types do not fit."""
         try:
-            found = op.infer(*(self.types[arg] for arg in args))
+            found = inferred(op, tuple(self.types[arg] for arg in args))
         except PlanError as error:
             where = f" (module '{self.path}', {self.source})" if self.path or self.source else ""
             raise CompileError(f"{op.name}{where}: {error}") from None
         found = found if width is None else found.with_(width=width)
-        return self._append(Node(name or self.fresh(), op, args, found, self.path, self.source))
+        return self._append(Node(name or self.fresh(), op, args, found, self.path, self.source, self.origin))
 
     def copy(self, node: Node) -> str:
         return self._append(node)
@@ -91,12 +92,30 @@ class FixedBuilder(Builder):
         super().__init__(Level.FIXED)
         self.frac = frac
         self.weight_frac = weight_frac
-        self._real = weights
+        self._real = dict(weights)
         self.encoded: dict[str, Tensor] = {}
+        self._emitted: dict[tuple[Op, tuple[str, ...]], str] = {}
         self._weight_nodes: dict[tuple[str, int, tuple[int, ...]], str] = {}
+
+    def emit(self, op: Op, *args: str, name: str = "", width: int | None = None) -> str:
+        """As every builder; what was computed before is not computed again."""
+        key = (op, args)
+        if key not in self._emitted:
+            self._emitted[key] = super().emit(op, *args, name=name, width=width)
+        return self._emitted[key]
 
     def real(self, label: str) -> Tensor:
         return self._real[label]
+
+    def new(self, label: str, suffix: str, value: Tensor) -> Label:
+        """A weight made of another one, under a label of its own."""
+        made = Label(f"{label}.{suffix}")
+        self._real[made] = value
+        return made
+
+    def derived(self, label: str, suffix: str, shape: tuple[int, ...]) -> Label:
+        """The same weight in another shape."""
+        return self.new(label, suffix, self._real[label].reshape(shape))
 
     def weight(self, label: str, frac: int, shape: tuple[int, ...] | None = None) -> str:
         """The line that holds this weight at this scale, written at its first use."""
@@ -110,14 +129,44 @@ class FixedBuilder(Builder):
     def _encode(self, label: str, value: Tensor, frac: int) -> str:
         from tacit.ir.ops.roles import Weight
 
-        scaled = torch.round(value.double() * 2.0**frac)
-        if not bool(torch.isfinite(scaled).all()) or float(scaled.abs().max()) >= 2.0**62:
+        scaled = (value.double() * 2.0**frac).round_()
+        low, high = (float(end) for end in torch.aminmax(scaled))
+        if not -(2.0**62) < low <= high < 2.0**62:  # NaN is not below anything
             raise CompileError(f"weight '{label}' holds NaN, infinity, or a value too large for {frac} fractional bits")
         copies = sum(name == label or name.startswith(f"{label}.copy") for name in self.encoded)
         unique = f"{label}.copy{copies}" if copies else str(label)
         self.encoded[unique] = scaled.to(torch.int64)
         declared = Type("secret", tuple(value.shape), frac)
         return self.declare(Weight(unique), declared, name=self.fresh("w"))
+
+    def broadcast_to(self, x: str, shape: tuple[int, ...]) -> str:
+        """x repeated where a weight of that shape has more elements: a product is as large as its first factor."""
+        from tacit.ir.ops.moves import Expand
+
+        rank = len(self.types[x].shape)
+        for axis, size in enumerate(shape[::-1]):
+            place = rank - 1 - axis
+            if size > 1 and self.types[x].at(1).dims[place] == 1:
+                x = self.emit(Expand(place, size), x)
+        return x
+
+    def relu(self, x: str) -> str:
+        """max(x, 0) at the scale of activations: where x has more bits, the truncation is fused."""
+        from tacit.ir.ops.nonlinear import FixedReLU
+
+        return self.emit(FixedReLU(max(0, self.types[x].frac - self.frac)), x)
+
+    def plus_scalar(self, x: str, value: float) -> str:
+        from tacit.ir.ops.local import AddPublic
+
+        return self.emit(AddPublic(self.constant(value, self.types[x].frac)), x) if value else x
+
+    def minus(self, x: str, y: str) -> str:
+        """x - y, at the larger of the two scales."""
+        from tacit.ir.ops.local import Sub
+
+        frac = max(self.types[x].frac, self.types[y].frac)
+        return self.emit(Sub(), self.aligned(x, frac), self.aligned(y, frac))
 
     def at_scale(self, x: str) -> str:
         """x with no more than `frac` fractional bits: truncated where it has more."""

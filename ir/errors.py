@@ -19,6 +19,10 @@ class InputError(TacitError, ValueError):
     """An input does not fit the plan: shape, dtype, NaN or infinity, outside the declared range."""
 
 
+class RangeError(TacitError):
+    """A value left the range that the plan states for it; the message names the layer."""
+
+
 class WeightsError(TacitError):
     """A weight file is damaged, or belongs to another plan."""
 

@@ -8,16 +8,17 @@ executor and the generic tests all work through this registry.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from tacit.ir.cost import P0, P1, P2, Cost, Link, Randomness, in_sequence
 from tacit.ir.errors import PlanError
-from tacit.ir.types import Shape, Type
+from tacit.ir.types import Batch, Dim, Shape, Type
 
 if TYPE_CHECKING:
     from tacit.runtime.party import Party
@@ -169,3 +170,33 @@ def expect(condition: bool, message: str) -> None:
 def expect_kind(kind: str, *args: Type) -> None:
     for arg in args:
         expect(arg.kind == kind, f"expected a {kind} operand, found {arg}")
+
+
+@lru_cache(maxsize=1 << 15)
+def inferred(op: Op, args: tuple[Type, ...]) -> Type:
+    """`op.infer(*args)`, remembered: a plan is verified after every pass, and most of its lines do not change."""
+    return op.infer(*args)
+
+
+_PROBES = (3, 5)
+
+
+def probed_shape(function: Callable[..., Tensor], *args: Type) -> tuple[Dim, ...]:
+    """The shape of function(*args), from running it on shapeless tensors at two batch sizes; raises PlanError."""
+    shapes = []
+    for batch in _PROBES:
+        operands = [torch.empty(arg.at(batch).dims, device="meta") for arg in args]
+        try:
+            shapes.append(function(*operands).shape)
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise PlanError(f"it does not take {', '.join(map(str, args))}: {str(error).splitlines()[0]}") from None
+    return tuple(_symbolic(a, b) for a, b in zip(*shapes, strict=True))
+
+
+def _symbolic(a: int, b: int) -> Dim:
+    """The dimension that is a at the first probe of the batch size and b at the second."""
+    if a == b:
+        return a
+    if a * _PROBES[1] != b * _PROBES[0] or a % _PROBES[0]:
+        raise PlanError("a dimension depends on the batch in an unsupported way")
+    return Batch(a // _PROBES[0])

@@ -12,7 +12,7 @@ import networkx as nx
 
 from tacit.ir.cost import P0, P1, P2, ROLES, Cost, Link, Randomness
 from tacit.ir.errors import PlanError, draw
-from tacit.ir.op import Level, Op
+from tacit.ir.op import Level, Op, inferred
 from tacit.ir.types import Type
 
 
@@ -26,6 +26,7 @@ class Node:
     type: Type
     path: str = ""  # the PyTorch module it comes from
     source: str = field(default="", compare=False)  # file and line in the user's model; not printed
+    origin: str = field(default="", compare=False)  # the line of the model level that it comes from; not printed
 
 
 @dataclass(frozen=True)
@@ -178,13 +179,29 @@ class Plan:
         return (node.type,) if node.op.declares else tuple(self.by_name[arg].type for arg in node.args)
 
     def users(self, name: str) -> list[Node]:
-        return [node for node in self.nodes if name in node.args]
+        return self._users.get(name, [])
+
+    @cached_property
+    def _users(self) -> dict[str, list[Node]]:
+        out: dict[str, list[Node]] = {}
+        for node in self.nodes:
+            for arg in dict.fromkeys(node.args):
+                out.setdefault(arg, []).append(node)
+        return out
 
     def find(self, op: type[Op]) -> list[Node]:
         return [node for node in self.nodes if isinstance(node.op, op)]
 
     def with_nodes(self, nodes: Iterable[Node], **changes: object) -> Plan:
         return replace(self, nodes=tuple(nodes), **changes)  # type: ignore[arg-type]
+
+    def without_dead_lines(self) -> Plan:
+        """Without the lines that the result does not depend on; inputs stay, because the client brings them."""
+        live = {self.result} | {node.name for node in self.nodes if node.op.declares and not node.op.session}
+        for node in reversed(self.nodes):
+            if node.name in live:
+                live.update(node.args)
+        return self.with_nodes(node for node in self.nodes if node.name in live)
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -266,7 +283,7 @@ class Plan:
             raise PlanError(f"{node.op.name} may not stand at the {self.level.value} level")
         try:
             operands = (node.type,) if node.op.declares else tuple(seen[arg] for arg in node.args)
-            found = node.op.infer(*operands)
+            found = inferred(node.op, operands)
         except TypeError:
             raise PlanError(f"{node.op.name} does not take {len(node.args)} operands") from None
         # Range analysis may claim a smaller width than the types alone give, never a larger one.

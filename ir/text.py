@@ -127,7 +127,7 @@ def _parse_value(kind: Any, text: str) -> Any:
         return kind(text)
     if typing.get_origin(kind) is tuple:
         return tuple(int(v) for v in text.split("x"))
-    if not re.fullmatch(r"[\w.\-]+", text):
+    if not re.fullmatch(r"[\w.\-;:()\[\]{}]+", text):
         raise ValueError(text)
     return text
 
@@ -181,15 +181,15 @@ def _parse_operands(text: str, op_type: type[Op]) -> tuple[tuple[str, ...], dict
 
 def _verify_drawn(plan: Plan, lines: list[str]) -> None:
     """Verify, and draw the text itself around a failure rather than a reprint of it."""
-    for count in range(1, len(plan.nodes) + 1):
+    seen: dict[str, Type] = {}
+    for count, node in enumerate(plan.nodes, 1):
         try:
-            part = dataclasses.replace(plan, nodes=plan.nodes[:count], result=plan.nodes[count - 1].name)
-            part._verify_node(plan.nodes[count - 1], {n.name: n.type for n in plan.nodes[: count - 1]})
+            plan._verify_node(node, seen)
         except PlanError as error:
             raise PlanError(draw(lines, count, str(error))) from None
+        seen[node.name] = node.type
     if plan.result not in plan.by_name:
         raise PlanError(draw(lines, len(lines) - 3, f"%{plan.result} is not defined"))
-    plan.verify()
 
 
 def _verify_seal(plan: Plan, lines: list[str]) -> None:

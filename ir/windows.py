@@ -36,3 +36,14 @@ def adaptive_spans(size: int, outputs: int) -> tuple[list[Span], list[int]]:
     """The spans of an adaptive average pool, and their lengths."""
     spans = [((i * size) // outputs, -(-((i + 1) * size) // outputs)) for i in range(outputs)]
     return spans, [end - start for start, end in spans]
+
+
+def inside(size: int, kernel: int, stride: int, padding: int, dilation: int) -> list[Span]:
+    """The different sets of taps of a window that lie inside the input, over all its places: as spans of taps."""
+    spans = set()
+    for i in range(output_size(size, kernel, stride, padding, dilation, ceil_mode=False)):
+        start = i * stride - padding
+        first = max(0, -(start // dilation))
+        last = min(kernel, -((start - size) // dilation))
+        spans.add((min(first, kernel), max(last, min(first, kernel))))
+    return sorted(spans)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tacit.passes.bound import bound_ranges
 from tacit.passes.draft import Draft
 from tacit.passes.lower import hoist_weight_openings, lower_to_protocol, number_lines, reveal_result, schedule_rounds
-from tacit.passes.quantise import bound_ranges, choose_scale, expand_to_fixed_point, fuse_truncation_into_relu
+from tacit.passes.quantise import choose_scale, expand_to_fixed_point, fuse_truncation_into_relu
 from tacit.passes.simplify import (
     drop_no_ops,
     drop_softmax_before_argmax,
@@ -40,11 +41,18 @@ PIPELINE: tuple[Pass, ...] = (
 def run_pipeline(draft: Draft) -> Draft:
     """Run all passes, verifying the plan after each; with TACIT_DUMP=dir, write it there as NN_pass.txt."""
     _dump(0, "capture", draft)
-    for i, one in enumerate(PIPELINE, 1):
+    for i, (name, found) in enumerate(stages(draft), 1):
+        draft = found
+        _dump(i, name, draft)
+    return draft
+
+
+def stages(draft: Draft) -> Iterator[tuple[str, Draft]]:
+    """The draft after each pass, with the pass's name; verified."""
+    for one in PIPELINE:
         draft = one(draft)
         draft.plan.verify()
-        _dump(i, one.__name__, draft)
-    return draft
+        yield one.__name__, draft
 
 
 def _dump(number: int, name: str, draft: Draft) -> None:
@@ -54,4 +62,4 @@ def _dump(number: int, name: str, draft: Draft) -> None:
         Path(folder, f"{number:02}_{name}.txt").write_text(str(draft.plan))
 
 
-__all__ = ["PIPELINE", "Draft", "Pass", "run_pipeline"]
+__all__ = ["PIPELINE", "Draft", "Pass", "run_pipeline", "stages"]

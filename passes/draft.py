@@ -7,17 +7,19 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from tacit.ir.plan import Plan
+from tacit.ir.plan import Node, Plan
 
 Tensor = torch.Tensor
 Values = Mapping[str, Tensor]
-# interpret(plan, weights, inputs): the value of every line, by the clear oracle.
-Interpret = Callable[[Plan, Values, Values], dict[str, Tensor]]
+# interpret(plan, weights, inputs, visit=..., estimate=...): the value of every line, by the clear oracle.
+Interpret = Callable[..., dict[str, Tensor]]
+# Above so many elements over all lines, inputs are tried out in fewer or smaller batches.
+_ELEMENTS = 1 << 27
 
 
 @dataclass(frozen=True)
 class Draft:
-    """What passes hand on. Weights are float64 at the model level, ring integers below.
+    """What passes hand on. Weights are as the model has them at the model level, ring integers below.
 
     The plan alone is public. It and the weights travel together, because folding a batch norm or choosing a
     scale changes both.
@@ -37,3 +39,18 @@ class Draft:
             weights=self.weights if weights is None else weights,
             frac_bits=self.frac_bits if frac_bits is None else frac_bits,
         )
+
+    def estimate(self, inputs: Values, visit: Callable[[Node, Tensor], None] | None = None) -> Tensor:
+        """The result of the plan as it stands, in float32 where that is faster; `visit` is shown every value."""
+        found = self.interpret(self.plan, self.weights, inputs, visit=visit or _look_away, estimate=True)
+        return found[self.plan.result]
+
+    @property
+    def affordable(self) -> int:
+        """How many inputs may go through the network at once: memory and time stay in proportion to the model."""
+        each = sum(node.type.at(1).numel for node in self.plan.nodes if node.type.batched)
+        return max(1, _ELEMENTS // max(each, 1))
+
+
+def _look_away(node: Node, value: Tensor) -> None:
+    """Nobody wants the values in between."""

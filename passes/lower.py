@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from itertools import count
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from tacit.ir.build import Builder
 from tacit.ir.errors import CompileError
 from tacit.ir.op import Level, Op
-from tacit.ir.ops import linear, nonlinear, securenn
+from tacit.ir.ops import choice, linear, nonlinear, securenn
 from tacit.ir.ops.comparison import ROOM_BITS
 from tacit.ir.ops.nonlinear import FixedArgmax, FixedEqual, FixedMaxPool2d, FixedReLU, Trunc
 from tacit.ir.ops.roles import Input, Mask, Reveal
@@ -58,6 +58,16 @@ def _windowed(target: type[Op], slack: int) -> Lowering:
     return lower
 
 
+def _windowed_by_first(target: type[Op]) -> Lowering:
+    """A comparison of the first operand alone."""
+
+    def lower(b: Builder, node: Node, args: tuple[str, ...]) -> str:
+        attributes = _attributes(node.op) | {"window": b.types[args[0]].width}
+        return b.emit(target(**attributes), *args, name=node.name, width=node.type.width)
+
+    return lower
+
+
 def _textbook_relu(b: Builder, node: Node, args: tuple[str, ...]) -> str:
     """ReLU and truncation apart: the textbook suite knows no fused form."""
     assert isinstance(node.op, FixedReLU)
@@ -75,6 +85,8 @@ FUSED: Mapping[type[Op], Lowering] = {
     FixedMaxPool2d: _windowed(nonlinear.MaxPool2d, 1),
     FixedArgmax: _windowed(nonlinear.Argmax, 1),
     FixedEqual: _windowed(nonlinear.Equal, 1),
+    choice.FixedPositive: _windowed(choice.Positive, 0),
+    choice.FixedChoose: _windowed_by_first(choice.Choose),
 }
 SECURENN: Mapping[type[Op], Lowering] = {
     linear.FixedLinear: _direct(securenn.TextbookLinear),
@@ -84,6 +96,8 @@ SECURENN: Mapping[type[Op], Lowering] = {
     FixedMaxPool2d: _direct(securenn.TextbookMaxPool2d, drop=0),
     FixedArgmax: _direct(securenn.TextbookArgmax),
     FixedEqual: _direct(securenn.TextbookEqual),
+    choice.FixedPositive: _direct(choice.TextbookPositive),
+    choice.FixedChoose: _direct(choice.TextbookChoose),
 }
 SUITES: Mapping[str, Mapping[type[Op], Lowering]] = {"fused": FUSED, "securenn": SECURENN}
 
@@ -93,7 +107,7 @@ def lower_to_protocol(draft: Draft) -> Draft:
     plan, suite = draft.plan, SUITES[draft.plan.protocol]
     b = Builder(Level.PROTOCOL)
     for node in plan.nodes:
-        with b.at(node.path, node.source):
+        with b.at(node.path, node.source, node.origin):
             _lower(b, node, suite)
     return draft.with_(b.plan(plan, plan.result))
 
@@ -144,9 +158,11 @@ def schedule_rounds(draft: Draft) -> Draft:
 def number_lines(draft: Draft) -> Draft:
     """Short names in order: %0, %1, ... for values, %w0, %m0 for weights and masks, %y revealed; inputs keep theirs."""
     names = {node.name: node.name for node in draft.plan.find(Input)}
+    taken, counters = set(names), {prefix: count() for prefix in ("", "w", "m", "y")}
     for node in draft.plan.nodes:
         if node.name not in names:
-            names[node.name] = _next_name(_prefix(node.op), set(names.values()))
+            names[node.name] = _next_name(_prefix(node.op), counters, taken)
+            taken.add(names[node.name])
     nodes = [replace(n, name=names[n.name], args=tuple(names[a] for a in n.args)) for n in draft.plan.nodes]
     return draft.with_(draft.plan.with_nodes(nodes, result=names[draft.plan.result]))
 
@@ -157,7 +173,7 @@ def _prefix(op: Op) -> str:
     return "m" if isinstance(op, Mask) else "w" if op.session else ""
 
 
-def _next_name(prefix: str, taken: set[str]) -> str:
+def _next_name(prefix: str, counters: Mapping[str, Iterator[int]], taken: set[str]) -> str:
     if prefix == "y" and prefix not in taken:
         return prefix
-    return next(name for name in (f"{prefix}{i}" for i in count()) if name not in taken)
+    return next(name for name in (f"{prefix}{i}" for i in counters[prefix]) if name not in taken)

@@ -1,4 +1,4 @@
-"""From real numbers to fixed point: choose the scale, write the fixed-point ops, bound every value."""
+"""From real numbers to fixed point: choose the scale, write the fixed-point ops."""
 
 from __future__ import annotations
 
@@ -6,26 +6,24 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
+
 from tacit.ir.build import FixedBuilder, Label
-from tacit.ir.errors import CompileError
-from tacit.ir.ops.comparison import TRUNCATION_WIDTH
-from tacit.ir.ops.model import Argmax, ModelOp
+from tacit.ir.ops.layer import Layer
+from tacit.ir.ops.model import Argmax
 from tacit.ir.ops.nonlinear import FixedReLU, Trunc
 from tacit.ir.ops.roles import Input, Weight
 from tacit.ir.plan import Node, Plan
-from tacit.ir.ranges import Interval
-from tacit.ir.types import Type, bits_for
+from tacit.ir.types import Type
 from tacit.passes.draft import Draft, Values
 
-# Logits are to be within 2^-8 of the float model's. Probes are few, so the error seen on them is held to a quarter.
-_TOLERANCE = 2.0**-10
+Tensor = torch.Tensor
+# Logits are to be within 2^-8 of the float model's; where the largest is below 1, within 2^-8 of it, and where it is
+# above 32, within 2^-13 of it. Probes are few, so the error seen on them is held to a quarter.
+_TOLERANCE, _LEAST_LOGIT = 2.0**-10, 2.0**-8
 _TRIAL_FRAC, _LEAST_FRAC, MOST_FRAC_BITS = 12, 8, 20
 # Weights get some bits more than activations: they cost nothing in any comparison.
 _EXTRA_WEIGHT_BITS = 4
-# Room of one bit above what calibration data showed.
-_CALIBRATION_MARGIN = 2.0
-# The widest value that every protocol takes: a difference and a truncation still fit.
-_WIDEST = TRUNCATION_WIDTH - 1
 
 
 def choose_scale(draft: Draft) -> Draft:
@@ -35,15 +33,23 @@ def choose_scale(draft: Draft) -> Draft:
     """
     if draft.frac_bits is not None:
         return draft
-    logits = _logits(draft.plan)
-    exact = draft.interpret(draft.plan, draft.weights, draft.probes)[logits]
-    trial = expand_to_fixed_point(draft.with_(_ending_at(draft.plan, logits), frac_bits=_TRIAL_FRAC))
-    result = trial.plan.node(trial.plan.result)
-    fixed = trial.interpret(trial.plan, trial.weights, draft.probes)[result.name].double() / 2.0**result.type.frac
-    allowed = _TOLERANCE * max(1.0, float(exact.abs().max()) / 32)
+    probes = _some(draft.probes, draft.affordable)
+    real = draft.with_(_ending_at(draft.plan, _logits(draft.plan)), frac_bits=_TRIAL_FRAC)
+    exact = real.estimate(probes).double()
+    trial = expand_to_fixed_point(real)
+    fixed = trial.estimate(probes).double() / 2.0 ** trial.plan.node(trial.plan.result).type.frac
+    largest = float(exact.abs().max())
+    allowed = _TOLERANCE * (min(1.0, max(largest, _LEAST_LOGIT)) if largest < 32 else largest / 32)
     error = float((fixed - exact).abs().max())
     extra = math.ceil(math.log2(max(error, 1e-12) / allowed))
     return draft.with_(draft.plan, frac_bits=min(max(_TRIAL_FRAC + extra, _LEAST_FRAC), MOST_FRAC_BITS))
+
+
+def _some(values: Values, count: int) -> Values:
+    """So many rows of each tensor, or all; taken evenly from first to last."""
+    rows = len(next(iter(values.values())))
+    chosen = torch.linspace(0, rows - 1, min(count, rows)).round().long()
+    return {label: x[chosen] for label, x in values.items()}
 
 
 def _logits(plan: Plan) -> str:
@@ -69,7 +75,7 @@ def expand_to_fixed_point(draft: Draft) -> Draft:
     b = FixedBuilder(draft.weights, frac=draft.frac_bits, weight_frac=weight_frac)
     names: dict[str, str] = {}
     for node in plan.nodes:
-        with b.at(node.path, node.source):
+        with b.at(node.path, node.source, node.name):
             names[node.name] = _expand(b, node, names)
     return draft.with_(b.plan(plan, names[plan.result]), b.encoded)
 
@@ -80,7 +86,7 @@ def _expand(b: FixedBuilder, node: Node, names: Mapping[str, str]) -> str:
     if isinstance(node.op, Input):
         declared = Type("secret", node.type.shape, 0 if node.op.integers else b.frac)
         return b.declare(node.op, declared, name=node.name)
-    assert isinstance(node.op, ModelOp)
+    assert isinstance(node.op, Layer)
     return node.op.expand(b, *(names[arg] for arg in node.args))
 
 
@@ -99,65 +105,3 @@ def fuse_truncation_into_relu(draft: Draft) -> Draft:
             fused[node.name] = replace(node, op=FixedReLU(node.op.bits), args=relu.args)
     nodes = (fused.get(node.name, node) for node in plan.nodes)
     return draft.with_(plan.with_nodes(node for node in nodes if node is not None))
-
-
-def bound_ranges(draft: Draft) -> Draft:
-    """Give every value the width it needs, proved from the input's range and the weights.
-
-    Intervals are propagated element by element through the quantised network, truncation included, in float64
-    with an outward margin. Calibration data, where given, narrows them to twice what was seen, and the
-    plan says so. A value that would not fit is a compile error that names the layer.
-    """
-    plan, seen = draft.plan, _observed(draft)
-    intervals: dict[str, Interval] = {}
-    types: dict[str, Type] = {}
-    nodes = []
-    for node in plan.nodes:
-        interval = _interval(node, draft.weights, intervals)
-        if node.name in seen and not node.op.declares:
-            interval = interval.meet(seen[node.name])
-        intervals[node.name] = interval
-        nodes.append(_with_width(node, interval, types))
-        types[node.name] = nodes[-1].type
-    return draft.with_(plan.with_nodes(nodes, ranges="calibrated" if draft.calibration else "proved"))
-
-
-def _interval(node: Node, weights: Values, known: Mapping[str, Interval]) -> Interval:
-    if isinstance(node.op, Weight):
-        return Interval.exactly(weights[node.op.label])
-    if isinstance(node.op, Input):
-        scale = 2.0**node.type.frac
-        return Interval.full(node.type.at(1).dims[1:], math.floor(node.op.low * scale), math.ceil(node.op.high * scale))
-    found: Interval = node.op.bound(*(known[arg] for arg in node.args))
-    return found
-
-
-def _with_width(node: Node, interval: Interval, types: Mapping[str, Type]) -> Node:
-    low, high = float(interval.low.min()), float(interval.high.max())
-    width = bits_for(low, high)
-    if width > _WIDEST:
-        scale = 2.0**node.type.frac
-        raise CompileError(
-            f"module '{node.path or node.op.name}' ({node.op.name}{', ' + node.source if node.source else ''}): "
-            f"its values may lie anywhere in [{low / scale:.3g}, {high / scale:.3g}], which takes {width} bits "
-            f"at {node.type.frac} fractional bits; {_WIDEST} fit. "
-            "Give a narrower input_range, calibration data, or fewer frac_bits."
-        )
-    if not node.op.declares:
-        width = min(width, node.op.infer(*(types[arg] for arg in node.args)).width)
-    return replace(node, type=node.type.with_(width=width))
-
-
-def _observed(draft: Draft) -> dict[str, Interval]:
-    """Twice the range of every value on the calibration data."""
-    if not draft.calibration:
-        return {}
-    values = draft.interpret(draft.plan, draft.weights, draft.calibration)
-    out = {}
-    for node in draft.plan.nodes:
-        value, shape = values[node.name].double(), node.type.at(1).dims[1:]
-        if node.type.batched:
-            low, high = float(value.min()), float(value.max())
-            margin = (_CALIBRATION_MARGIN - 1) * max(-low, high) + 1
-            out[node.name] = Interval.full(shape, low - margin, high + margin)
-    return out

@@ -8,7 +8,12 @@ from dataclasses import replace
 import torch
 
 from tacit.ir.errors import CompileError
-from tacit.ir.ops.model import Add, Argmax, BatchNorm, Conv2d, Linear, MaxPool2d, Mul, NoOp, ReLU, Reshape, Softmax
+from tacit.ir.ops.affine import BatchNorm, Convolving, Linear
+from tacit.ir.ops.arithmetic import Add, Mul
+from tacit.ir.ops.layer import Layer
+from tacit.ir.ops.model import Argmax, NoOp, Softmax
+from tacit.ir.ops.moves import Reshape
+from tacit.ir.ops.pooling import MaxPool2d
 from tacit.ir.ops.roles import Weight
 from tacit.ir.plan import Node, Plan
 from tacit.ir.types import Type
@@ -63,7 +68,7 @@ def fold_batch_norm(draft: Draft) -> Draft:
     while found := plan.find(BatchNorm):
         node = found[0]
         _, *labels = (_label(plan, arg) for arg in node.args)
-        gamma, beta, mean, variance = (weights[label] for label in labels)
+        gamma, beta, mean, variance = (weights[label].double() for label in labels)
         factor = gamma / torch.sqrt(variance + node.op.eps)  # type: ignore[attr-defined]
         layer = plan.node(node.args[0])
         if _channels_come_from(layer) and len(plan.users(layer.name)) == 1:
@@ -76,7 +81,7 @@ def fold_batch_norm(draft: Draft) -> Draft:
 
 def _channels_come_from(layer: Node) -> bool:
     """Whether dimension 1, which batch norm scales, is the one that the layer's weight produces."""
-    return isinstance(layer.op, Conv2d) or (isinstance(layer.op, Linear) and len(layer.type.shape) == 2)
+    return isinstance(layer.op, Convolving) or (isinstance(layer.op, Linear) and len(layer.type.shape) == 2)
 
 
 def _label(plan: Plan, name: str) -> str:
@@ -86,10 +91,11 @@ def _label(plan: Plan, name: str) -> str:
 
 def _fold(plan: Plan, node: Node, layer: Node, weights: dict[str, Tensor], factor: Tensor, shift: Tensor) -> Plan:
     """W' = factor W, b' = factor b + shift, under labels of their own: the originals may have other uses."""
+    assert isinstance(layer.op, (Convolving, Linear))
     old = weights[_label(plan, layer.args[1])]
     bias = weights[_label(plan, layer.args[2])] if len(layer.args) > 2 else torch.zeros_like(shift)
     folded = {
-        f"{layer.path or layer.name}.folded_weight": old * factor.reshape(-1, *[1] * (old.dim() - 1)),
+        f"{layer.path or layer.name}.folded_weight": layer.op.scaled(old, factor),
         f"{layer.path or layer.name}.folded_bias": bias * factor + shift,
     }
     new = [_weight_node(plan, label, value, weights) for label, value in folded.items()]
@@ -127,14 +133,19 @@ def _replaced(plan: Plan, new: Mapping[str, list[Node]]) -> Plan:
 
 
 def move_max_pool_before_relu(draft: Draft) -> Draft:
-    """ReLU then max pool becomes max pool then ReLU, where the ReLU has no other use.
+    """ReLU then max pool becomes max pool then ReLU, where the ReLU has no other use; likewise for clamps.
 
-    Both are increasing, so they commute; a window of n then needs one ReLU instead of n.
+    They are increasing, so they commute with a maximum; a window of n then needs one ReLU instead of n.
     """
     plan = draft.plan
     for pool in plan.find(MaxPool2d):
         relu = plan.node(pool.args[0])
-        if isinstance(relu.op, ReLU) and len(plan.users(relu.name)) == 1 and relu.name != plan.result:
+        if (
+            isinstance(relu.op, Layer)
+            and relu.op.increasing
+            and len(plan.users(relu.name)) == 1
+            and relu.name != plan.result
+        ):
             source = plan.node(relu.args[0])
             first = replace(pool, name=relu.name, args=(source.name,))
             second = replace(relu, name=pool.name, args=(relu.name,), type=pool.type)

@@ -39,6 +39,7 @@ from tacit.runtime.prf import Stream
 
 Tensor = torch.Tensor
 Values = dict[str, Any]
+_ONLINE = 1 << 31  # marks the node of an online stream
 
 
 @dataclass
@@ -65,6 +66,7 @@ class Party:
     inventory: list[Randomness] = dataclasses.field(default_factory=list)
     ring: ModuleType = z64
     field: ModuleType = zp
+    online: bool = False  # dealing and running have streams of their own: nothing is drawn twice
     _streams: dict[int, Stream] = dataclasses.field(default_factory=dict)
 
     @property
@@ -75,7 +77,8 @@ class Party:
     def prf(self, peer: int) -> Stream:
         """The stream that this party and `peer` have in common for this node and batch."""
         if peer not in self._streams:
-            self._streams[peer] = Stream(self.keys[peer], self.batch_id, self.index)
+            place = self.index | (_ONLINE if self.online else 0)
+            self._streams[peer] = Stream(self.keys[peer], self.batch_id, place)
         return self._streams[peer]
 
     def own(self) -> Stream:
@@ -266,7 +269,9 @@ def execute(
         for name in schedule.at(step):
             node = plan.node(name)
             if channel.rank in node.op.roles:
-                running.advance(node, node.op.run(seat(node), *(values.get(arg) for arg in node.args)), None)
+                party = seat(node)
+                party.online = True
+                running.advance(node, node.op.run(party, *(values.get(arg) for arg in node.args)), None)
         active, running.programs = running.programs, []
         for target, tensors in _outgoing(active):
             channel.send(target, tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 
 import pytest
@@ -16,7 +17,8 @@ from tacit.ir.op import Level, Sample
 from tacit.ir.ops.nonlinear import ReLU
 from tacit.ir.plan import Plan
 from tacit.ir.types import Batch, Type
-from tacit.runtime import field
+from tacit.runtime import field, party
+from tacit.runtime.prf import Stream
 from tacit.runtime.session import Dealt, Session
 
 Tensor = torch.Tensor
@@ -86,6 +88,42 @@ def test_every_message_of_every_op_is_uniform(sample: Sample) -> None:
             values = torch.cat(parts)
             if len(values) >= 20 * bound:
                 assert uniform(values, bound), f"{ROLES[source]} -> {ROLES[target]}, modulo {bound}"
+
+
+@pytest.mark.parametrize(**params(Level.PROTOCOL))
+def test_no_party_opens_a_stream_twice(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was drawn in dealing would else be drawn again online: two masks alike, and their difference is known."""
+    opened: list[tuple[int, bytes, int, int]] = []
+
+    class Recorded(Stream):
+        def __init__(self, key: bytes, batch: int, node: int) -> None:
+            super().__init__(key, batch, node)
+            opened.append((inspect.stack()[1].frame.f_locals["self"].rank, key, batch, node))
+
+    monkeypatch.setattr(party, "Stream", Recorded)
+    constant_run(single(sample), 2, 3, seed=1)
+    assert opened
+    assert len(set(opened)) == len(opened)
+
+
+def recovered_by_p0(secret: int) -> bool:
+    """ComputeMSB opens r = 2 a + x; if ShareConvert gave P0 a share that equals x, then r - x tells the input a."""
+    plan, odd = single(dict(samples(Level.PROTOCOL))["securenn.relu-0"]), 2**64 - 1
+    session, _ = constant_run(plan, 4, secret, seed=3)
+
+    def words(source: int, target: int) -> list[tuple[int, ...]]:
+        sent = [t for link, tensors in session.network.transcript or [] for t in tensors if link == (source, target)]
+        return [tuple(v % 2**64 for v in t.flatten().tolist()) for t in sent if t.dtype == torch.int64]
+
+    mine, theirs, dealt = words(P0, P1), words(P1, P0), words(P2, P0)
+    guesses = ((a[0] + b[0] - x[0]) % odd for a in mine for b in theirs for x in dealt if len(a) == len(b) == len(x))
+    return any(guess in (2 * secret % odd, 4 * secret % odd) for guess in guesses)
+
+
+def test_a_stream_for_both_phases_would_give_p0_the_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not recovered_by_p0(123456789)
+    monkeypatch.setattr(party, "_ONLINE", 0)
+    assert recovered_by_p0(123456789)
 
 
 @pytest.mark.parametrize("name", ["relu-0", "relu-3", "max_pool2d-0", "argmax-2", "equal-0", "securenn.relu-0"])

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import pytest
 import torch
 from harness import clear_values, operands, params, run_plan, samples, single
 
 from tacit.ir.build import Builder
+from tacit.ir.cost import P0, P1, P2
 from tacit.ir.errors import CompileError, PlanError
-from tacit.ir.op import Level, Op, Sample
+from tacit.ir.op import Level, Op, Program, Sample
 from tacit.ir.ops.model import ModelOp
-from tacit.ir.plan import Plan
+from tacit.ir.plan import Node, Plan
 from tacit.ir.types import bits_for
 from tacit.passes import Draft
 from tacit.passes.lower import SUITES, hoist_weight_openings, lower_to_protocol, reveal_result
+from tacit.runtime.party import _Running
 from tacit.runtime.reference import interpret
 
 BATCHES = (1, 7, 200)
@@ -46,6 +49,24 @@ def test_declared_cost_equals_counted_cost(sample: Sample) -> None:
         assert run.online_links == cost._links("online")
         assert dealt.meter.traffic == cost._links("offline")
         assert session.weight_meter.bytes == cost.session_bytes
+
+
+@pytest.mark.parametrize(**params(Level.PROTOCOL))
+def test_all_parties_take_as_many_steps_as_there_are_rounds(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else what they send in one round is not what the others expect in it, once ops run side by side."""
+    steps: Counter[tuple[str, int]] = Counter()
+    advance = _Running.advance
+
+    def counted(self: _Running, node: Node, program: Program, received: object) -> None:
+        steps[node.name, self.rank] += received is not None
+        advance(self, node, program, received)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(_Running, "advance", counted)
+    plan = single(sample)
+    run_plan(plan, 3)
+    for entry in plan.cost(batch=3).per_op:
+        for rank in set(plan.node(entry.name).op.roles) & {P0, P1, P2}:
+            assert steps[entry.name, rank] == entry.cost.rounds, (entry.name, rank)
 
 
 @pytest.mark.parametrize(**params(Level.PROTOCOL))

@@ -13,7 +13,8 @@ from torch import nn
 
 import tacit
 from tacit import networks
-from tacit.capture import Capture, export
+from tacit.capture import Capture
+from tacit.export import export
 from tacit.ir.op import Level
 from tacit.ir.ops.nonlinear import ReLU
 from tacit.ir.ops.roles import Input
@@ -96,10 +97,10 @@ def test_every_pass_keeps_the_result(name: str, protocol: str) -> None:
         "constants": (models.Constants(), (3, 4, 4)),
     }
     model, shape = cases[name]
-    x = images(5, *shape)
+    x = images(5, *shape).double()
     before: Tensor | None = None
     level = Level.MODEL
-    for title, draft in stages(seeded(model), x, "logits", protocol):
+    for title, draft in stages(seeded(model).double(), x, "logits", protocol):
         label = draft.plan.find(Input)[0].op.label  # type: ignore[attr-defined]
         result = draft.plan.node(draft.plan.result)
         after = interpret(draft.plan, draft.weights, {label: x})[result.name]

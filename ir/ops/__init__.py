@@ -1,5 +1,41 @@
 """All ops, by family. Importing this package fills the registry."""
 
-from tacit.ir.ops import comparison, linear, local, model, nonlinear, roles, securenn
+from tacit.ir.ops import (
+    activation,
+    affine,
+    arithmetic,
+    choice,
+    compare,
+    comparison,
+    linear,
+    local,
+    model,
+    moves,
+    nonlinear,
+    outputs,
+    pooling,
+    resample,
+    roles,
+    securenn,
+    shaping,
+)
 
-__all__ = ["comparison", "linear", "local", "model", "nonlinear", "roles", "securenn"]
+__all__ = [
+    "activation",
+    "affine",
+    "arithmetic",
+    "choice",
+    "compare",
+    "comparison",
+    "linear",
+    "local",
+    "model",
+    "moves",
+    "nonlinear",
+    "outputs",
+    "pooling",
+    "resample",
+    "roles",
+    "securenn",
+    "shaping",
+]

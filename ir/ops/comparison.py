@@ -187,7 +187,8 @@ class Select(Subprotocol):
             party.note_offset(c, self.drop)
         x_plus_r = c - _OFFSET if self.truncate else c
         blinded = blind(party, material, x_plus_r, self.drop, self.digits)
-        got = yield Round(send={P2: (blinded,)}, recv={P2: (Spec((packed_bits(self.n),), torch.uint8),)})
+        yield Round(send={P2: (blinded,)})
+        got = yield Round(recv={P2: (Spec((packed_bits(self.n),), torch.uint8),)})
         flip = party.field.unpack_bits(got[P2][0], self.n)
         # DReLU = e xor v, where v = flip xor rho.
         e = party.ring.bit(x_plus_r, self.window - 1) ^ material["beta"] ^ 1

@@ -8,6 +8,8 @@ openings hoisted). Convolutions use triples of the convolution's own shapes.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +20,15 @@ from tacit.ir.cost import DEALT, P2, PRF, RING, RING_BYTES, Cost, Randomness, li
 from tacit.ir.op import Level, Material, Op, Program, Sample, Subprotocol, expect, expect_kind
 from tacit.ir.ranges import Interval
 from tacit.ir.types import RING_BITS, Batch, Shape, Type, broadcast
-from tacit.ir.windows import output_size
+from tacit.ir.windows import inside, output_size
 
 if TYPE_CHECKING:
     from tacit.runtime.party import Party
 
 Tensor = torch.Tensor
 _N = Batch()
+# Multiply-adds that finding the bounds of one convolution may take.
+_CHEAP = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,11 @@ class Product(Op):
 
     def bound(self, x: Interval, w: Interval) -> Interval:
         """Centre and radius: |W| maps the radius. Exact for each element up to rounding."""
-        weight = w.centre
-        centre, radius = x.centre[None], x.radius[None]
-        size = self.real_product(centre.abs() + radius, weight.abs())
-        return Interval.around(
-            self.real_product(centre, weight)[0], self.real_product(radius, weight.abs())[0], size[0]
-        )
+        weight = w.low
+        centre = self.real_product(x.centre[None], weight)[0]
+        radius = self.real_product(x.radius[None], weight.abs())[0]
+        size = self.real_product(x.magnitude[None], weight.abs())[0]
+        return Interval.around(centre, radius, size)
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,11 @@ class FixedLinear(Product):
 
     def real_product(self, x: Tensor, w: Tensor) -> Tensor:
         return F.linear(x, w)
+
+    def bound(self, x: Interval, w: Interval) -> Interval:
+        """Features are bounded one by one; for large values, alike at all places of the other dimensions."""
+        shape = (*x.shape[:-1], len(w.low))
+        return super().bound(x.per_channel(-1).narrowed(keep=(-1,)), w).expand(shape)
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
@@ -111,6 +119,35 @@ class FixedConv2d(Product):
 
     def real_product(self, x: Tensor, w: Tensor) -> Tensor:
         return F.conv2d(x, w, None, self.stride, self.padding, self.dilation, self.groups)
+
+    def bound(self, x: Interval, w: Interval) -> Interval:
+        """Element by element where that is cheap, else channel by channel: see `_channels`."""
+        sizes = [
+            output_size(*args, ceil_mode=False)
+            for args in zip(x.shape[1:], w.low.shape[2:], self.stride, self.padding, self.dilation, strict=True)
+        ]
+        if math.prod(sizes) * w.low.numel() <= _CHEAP:
+            return super().bound(x, w)
+        narrow = x.hull((1, 2)).narrowed(keep=(0,))
+        return self._channels(narrow, w.low, x.shape[1:]).expand((len(w.low), *sizes))
+
+    def _channels(self, x: Interval, weight: Tensor, size: Sequence[int]) -> Interval:
+        """Bounds of each channel of the result, (O, 1, 1): over all sets of taps that lie inside the image somewhere.
+
+        Each tap contributes its own interval, the same at every place; where it hangs over the edge, nothing.
+        """
+        kernel = weight.shape[2:]
+        taps = weight.reshape(self.groups, -1, weight.shape[1], kernel.numel())
+        centre, radius, reach = (v.reshape(self.groups, -1) for v in (x.centre, x.radius, x.magnitude))
+        found = [torch.einsum("gock,gc->gok", taps, centre)]
+        taps = taps.abs()
+        found += [torch.einsum("gock,gc->gok", taps, v) for v in (radius, reach)]
+        ranges = [inside(*args) for args in zip(size, kernel, self.stride, self.padding, self.dilation, strict=True)]
+        places = [(slice(a, b), slice(c, d)) for a, b in ranges[0] for c, d in ranges[1]]
+        tapwise = [t.reshape(-1, *kernel) for t in found]
+        sums = [torch.stack([t[:, rows, columns].sum((1, 2)) for rows, columns in places]) for t in tapwise]
+        all_places = Interval.around(*sums)
+        return Interval(all_places.low.amin(0).view(-1, 1, 1), all_places.high.amax(0).view(-1, 1, 1))
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:

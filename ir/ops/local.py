@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import torch
 
 from tacit.ir.op import LocalOp, Program, Sample, expect, expect_kind
 from tacit.ir.ranges import Interval
-from tacit.ir.types import RING_BITS, Batch, Type, broadcast, shape_text
+from tacit.ir.types import RING_BITS, Batch, Shape, Type, broadcast
 from tacit.ir.windows import Span, adaptive_spans, average_spans
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class AddPublic(LocalOp):
         yield  # pragma: no cover  (makes this a generator)
 
     def bound(self, x: Interval) -> Interval:
-        return Interval(x.low + self.value, x.high + self.value)
+        return x + Interval.full((), self.value, self.value)
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
@@ -120,32 +121,6 @@ class MulPublic(LocalOp):
     def samples(cls) -> tuple[Sample, ...]:
         x = Type("secret", (_N, 5), 12, 20)
         return (Sample(cls(-37, 6), (x,)), Sample(cls(1 << 16, 16), (x,)))
-
-
-@dataclass(frozen=True)
-class Reshape(LocalOp):
-    """The same elements in another shape; `shape` leaves out the batch, which stays first."""
-
-    name = "reshape"
-
-    shape: tuple[int, ...]
-
-    def infer(self, x: Type) -> Type:
-        expect_kind("secret", x)
-        expect(x.batched, "only a batched value is reshaped")
-        new = x.with_(shape=(x.shape[0], *self.shape))
-        expect(new.at(1).numel == x.at(1).numel, f"{x} has another number of elements than {shape_text(new.shape)}")
-        return new
-
-    def compute(self, ring: Any, *shares: Tensor) -> Tensor:
-        return shares[0].reshape(shares[0].shape[0], *self.shape)
-
-    def bound(self, x: Interval) -> Interval:
-        return x.reshape(self.shape)
-
-    @classmethod
-    def samples(cls) -> tuple[Sample, ...]:
-        return (Sample(cls((12,)), (Type("secret", (_N, 3, 2, 2), 12, 20),)),)
 
 
 @dataclass(frozen=True)
@@ -186,16 +161,22 @@ class _Pool(LocalOp):
         return sums * self.factors(height, width, bits)
 
     def _bound(self, x: Interval, bits: int) -> Interval:
-        height, width = x.low.shape[1:]
+        height, width = x.shape[1:]
         factors = self.factors(height, width, bits).double()
         rows, columns, _ = self.rectangles(height, width)
+        narrow = x.per_channel(0).narrowed(keep=(0,))
+        if narrow.shape[1:] == (1, 1):  # the same bounds everywhere: times the number of elements, from least to most
+            lengths = [torch.tensor([b - a for a, b in spans], dtype=torch.float64) for spans in (rows, columns)]
+            weights = torch.outer(*lengths) * factors
+            ends = narrow.scaled(float(weights.min())).union(narrow.scaled(float(weights.max())))
+            return ends.expand((len(x.low), len(rows), len(columns)))
 
         def sums(value: Tensor) -> Tensor:
             return torch.stack(
                 [torch.stack([value[:, a:b, c:d].sum((1, 2)) for c, d in columns], -1) for a, b in rows], -2
             )
 
-        low, high, size = sums(x.low), sums(x.high), sums(torch.maximum(x.low.abs(), x.high.abs()))
+        low, high, size = sums(x.low), sums(x.high), sums(x.magnitude)
         return Interval.around((low + high) / 2 * factors, (high - low) / 2 * factors, size * factors)
 
 
@@ -269,6 +250,34 @@ class AdaptiveAvgPool2d(_Pool):
 
 
 @dataclass(frozen=True)
+class Sum(LocalOp):
+    """The sum along axes, which stay with one element. Axis 0 is the batch, and stays whole."""
+
+    name = "sum"
+
+    over: tuple[int, ...]
+
+    def infer(self, x: Type) -> Type:
+        expect_kind("secret", x)
+        expect(all(0 < axis < len(x.shape) for axis in self.over), f"{self.over} are not axes of {x}, or the batch")
+        shape = tuple(1 if i in self.over else d for i, d in enumerate(x.shape))
+        return x.with_(shape=shape, width=_cap(x.width + (self.count(x.at(1).dims) - 1).bit_length()))
+
+    def count(self, dims: Shape) -> int:
+        return math.prod(dims[axis] for axis in self.over)
+
+    def compute(self, ring: Any, *shares: Tensor) -> Tensor:
+        return shares[0].sum(self.over, keepdim=True)
+
+    def bound(self, x: Interval) -> Interval:
+        return x.summed(tuple(axis - 1 for axis in self.over))
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        return (Sample(cls((1, 3)), (Type("secret", (_N, 4, 3, 2), 12, 20),)),)
+
+
+@dataclass(frozen=True)
 class SumBatch(LocalOp):
     """The sum over the batch, as a tensor of one element. The batch is taken to be below 2^31."""
 
@@ -284,7 +293,7 @@ class SumBatch(LocalOp):
 
     def bound(self, x: Interval) -> Interval:
         factor = 2.0**31
-        return Interval.full((1,), float(x.low.min()) * factor, float(x.high.max()) * factor)
+        return x.reshape((1,)).scaled(factor).union(Interval.full((1,), 0.0, 0.0))
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:

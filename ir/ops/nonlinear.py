@@ -178,9 +178,14 @@ class FixedMaxPool2d(Op):
         return torch.stack(slots).amax(0)
 
     def bound(self, x: Interval) -> Interval:
-        low, high = (torch.stack(self.slots(v[None], -math.inf)).amax(0)[0] for v in (x.low, x.high))
+        shape = (len(x.low), *self.output((1, *x.shape)))
+        narrow = x.per_channel(0).narrowed(keep=(0,))
+        if narrow.shape[1:] == (1, 1):
+            best = narrow.expand(shape)
+        else:
+            best = Interval(*(torch.stack(self.slots(v[None], -math.inf)).amax(0)[0] for v in (x.low, x.high)))
         # A slot that loses by less than 2^drop may still be taken.
-        return Interval(low - 2.0**self.drop if self.drop else low, high)
+        return best - Interval.full((), 0.0, 2.0**self.drop) if self.drop else best
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:

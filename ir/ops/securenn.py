@@ -222,11 +222,11 @@ def _xor(shared: Tensor, public: Tensor, *, first: bool) -> Tensor:
     return (1 - 2 * public) * shared + (public if first else 0)
 
 
-def _drelu(n: int) -> tuple[Subprotocol, ...]:
+def drelu(n: int) -> tuple[Subprotocol, ...]:
     return ShareConvert(n), ComputeMSB(n)
 
 
-def _run_drelu(party: Party, x: Tensor | None) -> Program:
+def run_drelu(party: Party, x: Tensor | None) -> Program:
     """[x >= 0], flat: 1 - msb(2x as a number of Z_{2^64 - 1})."""
     if x is None:
         yield from party.part()
@@ -237,7 +237,7 @@ def _run_drelu(party: Party, x: Tensor | None) -> Program:
     return int(party.first) - msb
 
 
-def _select(n: int) -> Subprotocol:
+def select(n: int) -> Subprotocol:
     return Multiply(_Elementwise(), (n,), (n,), (n,))
 
 
@@ -310,15 +310,15 @@ class TextbookReLU(FixedReLU):
     levels = frozenset({Level.PROTOCOL})
 
     def infer(self, x: Type) -> Type:
-        _check_width(x)
+        check_width(x)
         expect(self.truncate == 0, "the textbook suite truncates in an op of its own")
         return super().infer(x)
 
     def parts(self, x: Type) -> tuple[Subprotocol, ...]:
-        return (*_drelu(x.numel), _select(x.numel))
+        return (*drelu(x.numel), select(x.numel))
 
     def run(self, party: Party, *args: Any) -> Program:
-        positive = yield from _run_drelu(party, args[0])
+        positive = yield from run_drelu(party, args[0])
         if positive is None:
             return (yield from party.part())
         out = yield from party.part(args[0].reshape(-1), positive)
@@ -337,7 +337,7 @@ class _MaxOfTwo(Subprotocol):
 
     @property
     def _product(self) -> Subprotocol:
-        return _select(2 * self.n)
+        return select(2 * self.n)
 
     def randomness(self) -> tuple[Randomness, ...]:
         return self._product.randomness()
@@ -357,20 +357,20 @@ class _MaxOfTwo(Subprotocol):
 
 
 def _chain_parts(slots: int, n: int) -> tuple[Subprotocol, ...]:
-    return (*_drelu(n), _MaxOfTwo(n)) * (slots - 1)
+    return (*drelu(n), _MaxOfTwo(n)) * (slots - 1)
 
 
 def _run_chain(party: Party, slots: Tensor | None, steps: int) -> Program:
     """Algorithm 8, Maxpool: the running maximum and its index against each slot (slots, n) in turn."""
     if slots is None:
         for _ in range(steps):
-            yield from _run_drelu(party, None)
+            yield from run_drelu(party, None)
             yield from party.part()
         return None, None
     best, index = slots[0], torch.zeros_like(slots[0])
     for i in range(1, len(slots)):
         # Kept where best >= slot: the first of equals stays.
-        keep = yield from _run_drelu(party, best - slots[i])
+        keep = yield from run_drelu(party, best - slots[i])
         here = i * int(party.first)
         gain, back = yield from party.part(keep, best - slots[i], index - here)
         best, index = slots[i] + gain, here + back
@@ -385,7 +385,7 @@ class TextbookMaxPool2d(FixedMaxPool2d):
     levels = frozenset({Level.PROTOCOL})
 
     def infer(self, x: Type) -> Type:
-        _check_width(x.with_(width=x.width + 1))
+        check_width(x.with_(width=x.width + 1))
         expect(self.drop == 0, "the textbook suite compares all bits")
         return super().infer(x)
 
@@ -418,7 +418,7 @@ class TextbookArgmax(FixedArgmax):
     levels = frozenset({Level.PROTOCOL})
 
     def infer(self, x: Type) -> Type:
-        _check_width(x.with_(width=x.width + 1))
+        check_width(x.with_(width=x.width + 1))
         return super().infer(x)
 
     def parts(self, x: Type) -> tuple[Subprotocol, ...]:
@@ -439,15 +439,15 @@ class TextbookEqual(FixedEqual):
     levels = frozenset({Level.PROTOCOL})
 
     def parts(self, x: Type, y: Type) -> tuple[Subprotocol, ...]:
-        return _drelu(2 * x.numel)
+        return drelu(2 * x.numel)
 
     def run(self, party: Party, *args: Any) -> Program:
         if party.rank == P2:
-            return (yield from _run_drelu(party, None))
+            return (yield from run_drelu(party, None))
         x, y = args
-        bits = (yield from _run_drelu(party, torch.stack([x - y, y - x]))).view(2, -1)
+        bits = (yield from run_drelu(party, torch.stack([x - y, y - x]))).view(2, -1)
         return bits[0] + bits[1] - int(party.first)
 
 
-def _check_width(x: Type) -> None:
+def check_width(x: Type) -> None:
     expect(x.width <= _MAX_WIDTH, f"{x} is too wide: the textbook comparison doubles it, at most b{_MAX_WIDTH}")

@@ -1,0 +1,173 @@
+"""What layers ask while they are read off an exported graph: shapes, constants, the node under way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from torch.export import ExportedProgram
+
+from tacit.constants import Constants
+from tacit.export import module_path, source_line
+from tacit.ir.build import Builder
+from tacit.ir.errors import CompileError, draw
+from tacit.ir.op import Level, Op
+from tacit.ir.ops.model import AsReal
+from tacit.ir.ops.roles import Weight
+from tacit.ir.types import Batch, Dim, Type, dim_at
+
+Tensor = torch.Tensor
+FLOATS = (torch.float32, torch.float64)
+
+
+class Graph(Builder):
+    """The model plan under construction, beside the exported graph that it is read from."""
+
+    def __init__(self, program: ExportedProgram) -> None:
+        super().__init__(Level.MODEL)
+        self.program = program
+        self.weights: dict[str, Tensor] = {}
+        self.target = ""  # the operator under way, as "aten.relu.default"
+        self.node: torch.fx.Node | None = None
+        self.constants = Constants()
+        self.truths: set[str] = set()  # lines of truth values
+        self._labels: dict[str, str] = {}  # the label of each line that holds a weight
+        self._raw: dict[str, Tensor] = {}  # constants as the model has them, truth values and indices among them
+        self._ops: dict[str, tuple[Op, tuple[str, ...]]] = {}
+
+    def shape(self, name: str) -> tuple[Dim, ...]:
+        return self.types[name].shape
+
+    def fixed_shape(self, name: str) -> tuple[int, ...]:
+        """The shape for a batch of one."""
+        return self.types[name].at(1).dims
+
+    def batches(self, name: str) -> int:
+        """How many times N the first dimension is."""
+        return dim_at(self.types[name].shape[0], 1)
+
+    def op(self, name: str) -> Op | None:
+        """What a line was made by; numbers made of a truth value count as the truth value."""
+        op, args = self._ops.get(name, (None, ()))
+        return self.op(args[0]) if isinstance(op, AsReal) else op
+
+    def operands(self, name: str) -> tuple[str, ...]:
+        op, args = self._ops[name]
+        return self.operands(args[0]) if isinstance(op, AsReal) else args
+
+    def scalar(self, value: complex) -> float:
+        """A number of the model's own text, which has to be real and finite."""
+        if isinstance(value, complex) or not math.isfinite(value):
+            self.unsupported(f"the scalar {value} is not finite and real (a division by zero gives inf)")
+        return float(value)
+
+    def emit(self, op: Op, *args: str, name: str = "", width: int | None = None) -> str:
+        """As every builder; an op on constants alone is computed here and becomes a constant."""
+        if args and all(self.is_weight(arg) for arg in args):
+            operands = [self.value(arg) for arg in args]
+            operands = [x if x.is_floating_point() else x.float() for x in operands]
+            return self.constant(f"folded{len(self.weights)}", op.reference(None, *operands))
+        line = super().emit(op, *args, name=name, width=width)
+        self._ops[line] = (op, args)
+        return line
+
+    def is_weight(self, name: str) -> bool:
+        return name in self._labels
+
+    def is_truth(self, name: str) -> bool:
+        """Whether the line holds truth values, 0 or 1."""
+        from tacit.ir.ops.compare import Comparison
+
+        if self.is_weight(name):
+            return self.value(name).dtype == torch.bool
+        return name in self.truths or isinstance(self._ops.get(name, (None,))[0], Comparison)
+
+    def value(self, name: str) -> Tensor:
+        """The constant behind a line."""
+        return self._raw[self._labels[name]]
+
+    def require_weights(self, arguments: dict[str, Any], *names: str) -> None:
+        """Stop where one of these arguments depends on the input."""
+        for name in names:
+            if arguments.get(name) is not None and not self.is_weight(arguments[name]):
+                self.unsupported(f"its {name.replace('_', ' ')} depends on the input, and has to be constant")
+
+    def constant(self, label: str, value: Tensor) -> str:
+        """A weight that the model leaves implicit, such as the unit scale of a batch norm without one."""
+        return self.weight(f"{self.path or 'model'}.{label}", value)
+
+    def reshaped_weight(self, name: str, shape: Sequence[int]) -> str:
+        """A constant in another shape."""
+        value = self.value(name).reshape(*shape)
+        return name if value.shape == self.value(name).shape else self.constant(f"reshaped{len(self.weights)}", value)
+
+    def static_indices(self, name: str, size: int) -> list[int]:
+        """The indices in a constant, from 0 up."""
+        if not self.is_weight(name):
+            self.unsupported("an index that depends on the input")
+        return self.static_indices_of(self.value(name), size)
+
+    def static_indices_of(self, value: Tensor, size: int) -> list[int]:
+        found: list[int] = value.flatten().tolist()
+        if value.is_floating_point() or any(not -size <= i < size for i in found):
+            self.unsupported(f"an index that is no integer below {size}")
+        return [i % size for i in found]
+
+    def result_shape(self) -> tuple[Dim, ...]:
+        """The shape of the graph node under way, as torch.export has it."""
+        assert self.node is not None
+        return tuple(self.dim(d) for d in self.node.meta["val"].shape)
+
+    def result_dtype(self) -> torch.dtype:
+        assert self.node is not None
+        dtype: torch.dtype = self.node.meta["val"].dtype
+        return dtype
+
+    @contextmanager
+    def as_target(self, target: str) -> Iterator[None]:
+        """While a layer is written by means of another one's operator."""
+        before, self.target = self.target, target
+        yield
+        self.target = before
+
+    def unsupported(self, reason: str) -> NoReturn:
+        """Stop with the graph drawn around the node under way."""
+        assert self.node is not None
+        lines = [n.format_node() or str(n) for n in self.program.graph.nodes]
+        place = list(self.program.graph.nodes).index(self.node)
+        path, source = module_path(self.node), source_line(self.node)
+        where = f"module '{path}'" if path else "the model"
+        head = f"{where}{', ' + source if source else ''}: {reason}"
+        raise CompileError(draw(lines, place, head))
+
+    def weight(self, label: str, value: Tensor) -> str:
+        """A line for a constant; it goes again if nothing but its shape or its indices are used."""
+        kind = f"'{label}' is {value.dtype}; weights are float32 or float64"
+        if value.is_quantized:
+            self.unsupported(f"{kind}: compile the model before it is quantised")
+        if value.is_complex():
+            self.unsupported(f"{kind}: write real and imaginary parts as two tensors")
+        if value.is_floating_point() and value.dtype not in FLOATS:
+            self.unsupported(f"{kind}: convert with model.float()")
+        value = value.detach()
+        if value.is_floating_point() and not bool(torch.isfinite(value.sum(dtype=torch.float64))):
+            self.unsupported(f"'{label}' holds NaN or infinity")
+        shaped = value.reshape(1) if value.dim() == 0 else value
+        self.weights[label] = shaped if value.is_floating_point() else shaped.float()
+        self._raw[label] = value
+        name = self.declare(Weight(label), Type("real", tuple(shaped.shape)), name=self.fresh("w"))
+        self._labels[name] = label
+        return name
+
+    def dim(self, size: Any) -> Dim:
+        if isinstance(size, int):
+            return size
+        symbols = self.constants.symbols
+        expression = size.node.expr
+        one, three = (expression.subs(dict.fromkeys(symbols, n)) for n in (1, 3))
+        if not one.is_Integer or one < 1 or three != 3 * one:
+            self.unsupported(f"a dimension of {size} is neither fixed nor a multiple of the batch")
+        return Batch(int(one))

@@ -1,0 +1,97 @@
+"""torchvision's classification models, compiled at full image size: what each takes, costs, or still lacks."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tacit.driver import compile as compile_model
+from tacit.ir.errors import CompileError
+from tacit.secure import Secure
+from tacit.vision import import_torchvision
+
+Tensor = torch.Tensor
+_SIZES = {"inception_v3": 299}
+_RANGE = (-3.0, 3.0)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model: parameters, seconds of `tacit.compile`, and the cost of one image; `error` where it is refused."""
+
+    model: str
+    parameters: int
+    seconds: float
+    rounds: int = 0
+    online_bytes: int = 0
+    offline_bytes: int = 0
+    peak_bytes: int = 0  # of the whole process so far
+    error: str = ""
+
+
+def names() -> list[str]:
+    """All classification models of torchvision."""
+    models = import_torchvision().models
+    found: list[str] = models.list_models(module=models)
+    return found
+
+
+def build(name: str) -> tuple[torch.nn.Module, Tensor]:
+    """The model with random weights, and an image at the size it is made for.
+
+    The statistics of its batch norms are those of two random images: values then are of the size they have in a
+    trained model, where those of an untrained one grow without bound from layer to layer.
+    """
+    models = import_torchvision().models
+    if name not in names():
+        raise CompileError(f"torchvision has no classification model '{name}'")
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    model: torch.nn.Module = models.get_model(name, weights=None, **options).eval()
+    size = _SIZES.get(name, 224)
+    images = torch.randn(2, 3, size, size).clamp(*_RANGE)
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0
+    with torch.no_grad():
+        if norms:
+            model(images)
+    return model.eval(), images[:1]
+
+
+def compile_one(name: str) -> tuple[Row, Secure | None]:
+    """Compile a model by ranges measured on one image."""
+    model, image = build(name)
+    parameters = sum(p.numel() for p in model.parameters())
+    begin = time.perf_counter()
+    try:
+        secure = compile_model(model, image, calibration=image, input_range=_RANGE, name=name)
+    except CompileError as error:
+        return Row(name, parameters, time.perf_counter() - begin, error=str(error)), None
+    seconds = time.perf_counter() - begin
+    cost = secure.plan.cost()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Row(name, parameters, seconds, cost.rounds, cost.online_bytes, cost.offline_bytes, peak), secure
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A table in Markdown."""
+    lines = [
+        "| model | parameters | compile s | rounds | online MB | offline MB |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [line(row) for row in rows]
+    return "\n".join(lines)
+
+
+def line(row: Row) -> str:
+    if row.error:
+        return f"| {row.model} | {row.parameters / 1e6:.1f} M | {row.seconds:.1f} | {row.error.splitlines()[0]} | | |"
+    figures = f"{row.rounds} | {row.online_bytes / 1e6:,.0f} | {row.offline_bytes / 1e6:,.0f}"
+    return f"| {row.model} | {row.parameters / 1e6:.1f} M | {row.seconds:.1f} | {figures} |"

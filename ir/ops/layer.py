@@ -1,0 +1,66 @@
+"""What stands for operators of PyTorch: how a call in the exported graph is written into a plan."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tacit.ir.types import Dim, Type
+
+if TYPE_CHECKING:
+    from tacit.capture import Capture
+    from tacit.ir.build import FixedBuilder
+
+
+class Layer:
+    """Base of the ops of the model level, and of ATen operators that are written in terms of other layers.
+
+    aten: the overloads, as "aten.relu.default"; a later class takes them over from an earlier one.
+    axes: names of arguments that are dimensions. They arrive as those of the line: positive, never the batch.
+    batch_anywhere: whether it also works where the batch is not the first dimension of the tensor in PyTorch: element
+        by element, along the last dimension, or along `axes`. Lines always have it first, the other dimensions in
+        order behind it.
+    own_weights: names of arguments that are constants of a shape of their own, not to be broadcast.
+    increasing: whether it is an increasing function of each element; such a one commutes with maxima.
+    """
+
+    aten: ClassVar[tuple[str, ...]] = ()
+    axes: ClassVar[tuple[str, ...]] = ()
+    batch_anywhere: ClassVar[bool] = False
+    own_weights: ClassVar[tuple[str, ...]] = ()
+    increasing: ClassVar[bool] = False
+    known: ClassVar[list[type[Layer]]] = []
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Layer.known.append(cls)
+
+    @classmethod
+    def capture(cls, graph: Capture, **kwargs: Any) -> str | list[str]:
+        """Write this op into the model plan; arguments are those of the ATen schema. Several results as a list."""
+        raise NotImplementedError
+
+    def expand(self, b: FixedBuilder, *args: str) -> str:
+        """Write the fixed-point form; operands that are weights come as their labels."""
+        raise NotImplementedError
+
+
+def layers() -> dict[str, type[Layer]]:
+    """The layer that stands for each ATen overload."""
+    return {target: layer for layer in Layer.known for target in layer.__dict__.get("aten", ())}
+
+
+def real(*shape: Dim) -> Type:
+    """A type of the model level."""
+    return Type("real", shape)
+
+
+def spread(value: Any, count: int) -> tuple[int, ...]:
+    """An argument that may be given once for all of `count` dimensions."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * count if len(values) == 1 else values
+
+
+def inverse(value: float) -> float:
+    """1 / value, and infinity for 0: the scalar is refused by name later."""
+    return 1 / value if value else math.inf
