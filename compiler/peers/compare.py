@@ -145,7 +145,7 @@ def _tacit(model: str, plain: torch.nn.Module, x: Tensor, classes: Tensor, runs:
     assert run is not None
     traffic = run.online_bytes + run.offline_bytes
     plaintext = _measured(Row(model, len(x), PLAINTEXT, "all cores", torch.__version__, agreement=1.0), seconds)
-    ours = Row(model, len(x), TACIT, _OURS, rounds=run.rounds, bytes_per_image=traffic / len(x))
+    ours = Row(model, len(x), TACIT, _OURS, ratio=1.0, rounds=run.rounds, bytes_per_image=traffic / len(x))
     return plaintext, _agreed(_measured(ours, [offline + online for offline, online in times]), agreement)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
@@ -14,7 +13,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -58,18 +57,18 @@ def run_peer(
     with tempfile.TemporaryDirectory(prefix="tacit-peers-") as name:
         folder = Path(name)  # mode 0700, and all files in it 0600
         ports = _free_ports(job["parties"])
-        _write(folder / "job.json", json.dumps({**job, "ports": ports, "deadline_s": deadline_s}).encode())
-        content = io.BytesIO()
-        np.savez(content, allow_pickle=False, **arrays)
-        _write(folder / "arrays.npz", content.getvalue())
+        with _private(folder / "job.json") as out:
+            out.write(json.dumps({**job, "ports": ports, "deadline_s": deadline_s}).encode())
+        with _private(folder / "arrays.npz") as out:
+            np.savez(out, allow_pickle=False, **arrays)
         reports = [folder / f"{rank}.json" for rank in range(job["parties"])]
         _run(python, peer, folder, processes, deadline_s, reports)
         return _collected(folder, job)
 
 
-def _write(path: Path, content: bytes) -> None:
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
-        out.write(content)
+def _private(path: Path) -> IO[bytes]:
+    """A new file that nobody else can read."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
 
 
 def _free_ports(count: int) -> list[int]:
@@ -89,7 +88,7 @@ def _run(python: Path, peer: str, folder: Path, processes: int, deadline_s: floa
         for rank in range(processes):
             started.append(_start(python, peer, folder, rank))
         while not all(report.exists() for report in reports):
-            _require_alive(started, reports, folder)
+            _require_alive(started, folder)
             if time.monotonic() > end:
                 raise PeerError(f"no result within {deadline_s:g} s")
             time.sleep(_POLL_SECONDS)
@@ -102,7 +101,7 @@ def _run(python: Path, peer: str, folder: Path, processes: int, deadline_s: floa
 
 def _start(python: Path, peer: str, folder: Path, rank: int) -> subprocess.Popen[bytes]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON") and not k.lower().endswith("_proxy")}
-    with (folder / f"{rank}.err").open("wb") as err:
+    with _private(folder / f"{rank}.err") as err:
         return subprocess.Popen(
             [python, PARTY, peer, folder, str(rank)],
             stdin=subprocess.PIPE,  # a party ends when this end of it is gone
@@ -121,11 +120,11 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.communicate()
 
 
-def _require_alive(started: list[subprocess.Popen[bytes]], reports: list[Path], folder: Path) -> None:
-    """Raise for the first process that has ended without a report."""
+def _require_alive(started: list[subprocess.Popen[bytes]], folder: Path) -> None:
+    """Raise for the first process that has ended: they stay until they are killed."""
     for rank, process in enumerate(started):
         code = process.poll()
-        if code is None or (code == 0 and rank < len(reports) and reports[rank].exists()):
+        if code is None:
             continue
         if code == NOT_INSTALLED:
             raise NotInstalled("its package is not in that environment")
