@@ -11,10 +11,10 @@ endif
 export TACIT_DATA
 
 # A strict editable install links every file: it is renewed when a file appears or disappears.
-SOURCES := $(sort $(wildcard compiler/*.py ir/*.py ir/ops/*.py passes/*.py runtime/*.py))
+SOURCES := $(sort $(wildcard compiler/*.py compiler/peers/*.py ir/*.py ir/ops/*.py passes/*.py runtime/*.py))
 NAMES := $(VENV)/names-$(shell printf '%s' '$(SOURCES)' | cksum | cut -d' ' -f1)
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint peers clean
 
 demo: $(NAMES)
 	$(BIN)/python examples/demo.py
@@ -33,5 +33,16 @@ $(NAMES): pyproject.toml constraints.txt setup.cfg
 	rm -f $(VENV)/names-*
 	touch $@
 
+# CrypTen and SPU for `tacit bench peers`, each in an environment of its own: they agree neither with us nor with each other.
+PEERS := .peers
+
+peers: $(PEERS)/crypten/installed $(PEERS)/spu/installed
+
+$(PEERS)/%/installed: compiler/peers/%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -r $<
+	test $* != crypten || $(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps crypten==0.4.1
+	touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

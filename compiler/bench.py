@@ -125,7 +125,7 @@ def bench(
     )
     compile_s = time.perf_counter() - begin
     secure.session(NETWORKS[network])
-    plaintext, times = _interleaved(plain, secure, x, runs)
+    plaintext, times = interleaved(plain, secure, x, runs)
     profile = _profile(secure, x) if per_op else ()
     run = secure.last_run
     assert run is not None
@@ -151,7 +151,7 @@ def bench(
     )
 
 
-def _interleaved(
+def interleaved(
     plain: torch.nn.Module, secure: Secure, x: Tensor, runs: int
 ) -> tuple[list[float], list[tuple[float, float]]]:
     """Plaintext on all cores and encrypted, in turn, after a warm-up of both."""
