@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
-FOLDERS = {"compiler": "", "ir": "ir", "ir/ops": "ir/ops", "passes": "passes", "runtime": "runtime", "runtime/net": "runtime/net"}
+FOLDERS = {
+    "compiler": "",
+    "ir": "ir",
+    "ir/ops": "ir/ops",
+    "passes": "passes",
+    "runtime": "runtime",
+    "runtime/net": "runtime/net",
+}
 REMEDY = "run `make test`, which reinstalls the project, or `pip install -e .`"
 
 

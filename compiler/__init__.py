@@ -4,27 +4,37 @@ from tacit.driver import compile
 from tacit.ir import ops as _ops
 from tacit.ir.errors import (
     CompileError,
+    DeploymentError,
     DivergenceError,
     InputError,
+    PartyError,
     PlanError,
     ProtocolError,
+    RefusedError,
     TacitError,
     WeightsError,
 )
 from tacit.ir.plan import Plan
+from tacit.remote import Remote, connect, push
 from tacit.secure import Secure, load
 
 __all__ = [
     "CompileError",
+    "DeploymentError",
     "DivergenceError",
     "InputError",
+    "PartyError",
     "Plan",
     "PlanError",
     "ProtocolError",
+    "RefusedError",
+    "Remote",
     "Secure",
     "TacitError",
     "WeightsError",
     "compile",
+    "connect",
     "load",
+    "push",
 ]
 del _ops

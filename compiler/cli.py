@@ -8,8 +8,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
@@ -23,8 +22,10 @@ from rich.text import Text
 from rich.theme import Theme
 from torch.export import ExportedProgram
 
+from tacit.cli_net import register
+from tacit.cli_shared import AsJson, Failure, clear_errors, read_array
 from tacit.driver import compile as compile_model
-from tacit.ir.errors import PlanError, TacitError
+from tacit.ir.errors import PlanError
 from tacit.ir.ops.roles import Input
 from tacit.ir.plan import NodeCost, Plan, PlanCost
 from tacit.secure import PLAN_FILE, WEIGHTS_FILE, Secure, load
@@ -39,34 +40,15 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 PlanPath = Annotated[Path, typer.Argument(metavar="PLAN", help="The folder of a compiled model, or its plan.txt.")]
+
+
+register(app)
 
 
 def main() -> None:
     """The console script `tacit`."""
     app()
-
-
-class _Failure(Exception):
-    """What a command says before it exits with code 1."""
-
-
-@contextmanager
-def _clear_errors() -> Iterator[None]:
-    """One message on stderr and exit code 1 for everything a user can run into."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except (TacitError, _Failure) as error:
-        message = str(error)
-    except OSError as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    else:
-        return
-    typer.echo(f"tacit: {message}", err=True)
-    raise typer.Exit(1)
 
 
 # --- compile ---
@@ -102,9 +84,9 @@ def compile_command(
 ) -> None:
     """Compile MODEL; write the public plan and the owner's weights."""
     shapes = [_shape(text) for text in example or []]
-    with _clear_errors():
+    with clear_errors():
         loaded = _load_model(model)
-        measured = tuple(_read_array(path) for path in calibration or [])
+        measured = tuple(read_array(path) for path in calibration or [])
         examples = measured or _examples(loaded, shapes, input_range)
         _require_same_shapes(examples, shapes)
         secure = compile_model(
@@ -136,15 +118,15 @@ def _load_model(target: str) -> Model:
         return _load_program(Path(target))
     place, colon, attribute = target.rpartition(":")
     if not colon or not attribute.isidentifier():
-        raise _Failure(f"'{target}' is neither a .pt2 file nor module:attribute nor path/to/file.py:attribute")
+        raise Failure(f"'{target}' is neither a .pt2 file nor module:attribute nor path/to/file.py:attribute")
     module = _guarded(f"importing {place}", lambda: _import(place))
     if not hasattr(module, attribute):
-        raise _Failure(f"{place} has no attribute '{attribute}'")
+        raise Failure(f"{place} has no attribute '{attribute}'")
     found = getattr(module, attribute)
     if not isinstance(found, torch.nn.Module) and callable(found):
         found = _guarded(f"calling {target}", found)
     if not isinstance(found, (torch.nn.Module, ExportedProgram)):
-        raise _Failure(f"{target} is a {type(found).__name__}, not a torch.nn.Module or a function that returns one")
+        raise Failure(f"{target} is a {type(found).__name__}, not a torch.nn.Module or a function that returns one")
     return found
 
 
@@ -161,7 +143,7 @@ def _guarded(what: str, action: Callable[[], Any]) -> Any:
         return action()
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
-        raise _Failure(f"{what} failed: {type(error).__name__}: {first}") from None
+        raise Failure(f"{what} failed: {type(error).__name__}: {first}") from None
 
 
 def _import(place: str) -> ModuleType:
@@ -188,7 +170,7 @@ def _examples(model: Model, shapes: Sequence[tuple[int, ...]], span: tuple[float
     if not shapes and carried is not None:
         return tuple(carried[0])
     if not shapes:
-        raise _Failure("give the shape of an input (--example 1x1x28x28), or calibration data")
+        raise Failure("give the shape of an input (--example 1x1x28x28), or calibration data")
     low, high = span if span is not None and span[0] < span[1] else (-1.0, 1.0)
     values = model.state_dict().values()
     dtype = torch.float64 if any(v.dtype == torch.float64 for v in values) else torch.float32
@@ -201,7 +183,7 @@ def _examples(model: Model, shapes: Sequence[tuple[int, ...]], span: tuple[float
 def _require_same_shapes(examples: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> None:
     """Calibration data have to agree with --example, the batch aside."""
     if shapes and [tuple(x.shape[1:]) for x in examples] != [shape[1:] for shape in shapes]:
-        raise _Failure("--example and the calibration data differ in shape")
+        raise Failure("--example and the calibration data differ in shape")
 
 
 def _print_summary(secure: Secure, folder: Path, as_json: bool) -> None:
@@ -279,7 +261,7 @@ _THEME = Theme(
 @app.command()
 def show(plan: PlanPath, as_json: AsJson = False) -> None:
     """Print a plan, after checking every line of it."""
-    with _clear_errors():
+    with clear_errors():
         found = _read_plan(plan)
     console = Console(theme=_THEME, highlight=False)
     if as_json:
@@ -336,7 +318,7 @@ def cost(
     as_json: AsJson = False,
 ) -> None:
     """Rounds and bytes of a plan, per op and per party, as they will be counted on the wire."""
-    with _clear_errors():
+    with clear_errors():
         found = _read_plan(plan)
     total = found.cost(batch=batch)
     if as_json:
@@ -442,27 +424,14 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Encrypted inference among three virtual parties in this process."""
-    with _clear_errors():
+    with clear_errors():
         secure = load(folder)
-        arrays = [_read_array(path) for path in [*inputs, *([targets] if targets else [])]]
+        arrays = [read_array(path) for path in [*inputs, *([targets] if targets else [])]]
         answer = (secure.check(*arrays) if check else secure(*arrays)).numpy()
         if output is not None:
             with output.open("wb") as out:
                 np.save(out, answer, allow_pickle=False)
     _print_run(secure, answer, output, check, as_json)
-
-
-def _read_array(path: Path) -> Tensor:
-    """A plain .npy array as a tensor; nothing in the file is ever executed."""
-    try:
-        with path.open("rb") as file:
-            array = np.load(file, allow_pickle=False)
-        if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
-            raise ValueError
-    except (ValueError, EOFError, MemoryError):
-        raise _Failure(f"{path} is not a .npy file with an array of numbers") from None
-    native = array.astype(np.int64) if array.dtype.kind in "iu" else array.astype(array.dtype.newbyteorder("="))
-    return torch.from_numpy(np.ascontiguousarray(native).reshape(array.shape))
 
 
 def _print_run(secure: Secure, answer: np.ndarray[Any, Any], output: Path | None, checked: bool, as_json: bool) -> None:
@@ -511,6 +480,6 @@ def bench_command(
     """Time and bytes of one network with random weights, beside plaintext PyTorch in the same run."""
     from tacit.bench import bench, text
 
-    with _clear_errors():
+    with clear_errors():
         found = bench(model, batch=batch, network=network, protocol=protocol, reveal=reveal, runs=runs, per_op=per_op)
     typer.echo(json.dumps(dataclasses.asdict(found)) if as_json else text(found))

@@ -51,7 +51,8 @@ def init_deployment(
         certificate = issue(name, key, authority, authority_key)
         write_identity(target / name, certificate, key)
         places: Mapping[str, tuple[str, int] | None] = (
-            {} if role in (CLIENT, OWNER)
+            {}
+            if role in (CLIENT, OWNER)
             else {"address": addresses[role], "listen": listen[role], "metrics": metrics[role]}
         )
         members.append(Member(name, role, certificate.fingerprint(hashes.SHA256()).hex(), **places))
@@ -113,9 +114,7 @@ def write_identity(folder: Path, certificate: x509.Certificate, key: Key) -> Non
     folder.mkdir(mode=0o700, exist_ok=True)
     folder.chmod(0o700)
     (folder / CERTIFICATE_FILE).write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    pem = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     with os.fdopen(os.open(folder / KEY_FILE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
         out.write(pem)
 

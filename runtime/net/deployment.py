@@ -226,7 +226,7 @@ def _settings(kind: type[_T], table: Mapping[str, Any]) -> _T:
     for key, value in table.items():
         if key not in known:
             raise DeploymentError(f"{DEPLOYMENT_FILE}: unknown limit '{key}'; known: {', '.join(known)}")
-        default = known[key].default
+        default: Any = known[key].default
         if isinstance(default, tuple):
             if not isinstance(value, list) or not all(type(v) is int and v > 0 for v in value):
                 raise DeploymentError(f"{DEPLOYMENT_FILE}: '{key}' has to be a list of positive whole numbers")

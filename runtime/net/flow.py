@@ -7,7 +7,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -117,6 +116,7 @@ class FlowChannel(Channel):
     def __init__(self, flow: Flow, rank: int, phase: Phase, send: Send) -> None:
         self.rank = rank
         self.meter = Meter()
+        self.deepest = 0  # of the messages that arrived
         self._flow = flow
         self._phase = phase
         self._send = send
@@ -135,6 +135,7 @@ class FlowChannel(Channel):
             return tuple(torch.empty(spec.shape, dtype=spec.dtype) for spec in specs)
         depth, payload = self._flow.take(source, self._phase, size)
         self.meter.received(self.rank, depth)
+        self.deepest = max(self.deepest, depth)
         return tensors(payload, specs)
 
 
@@ -166,5 +167,3 @@ class Blank(Channel):
 
     def recv(self, source: int, specs: Sequence[Spec]) -> tuple[Tensor, ...]:
         return tuple(torch.zeros(spec.shape, dtype=spec.dtype) for spec in specs)
-
-

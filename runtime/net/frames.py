@@ -2,9 +2,9 @@
 
     kind u8 | phase u8 | depth u16 | serial u32 | request u64 | length u64        (big endian)
 
-`serial` counts the frames of a connection: one that is replayed, dropped or out of order is noticed at once. `phase` and
-`depth` (the causal round, see `Meter`) belong to data. Nothing is ever unpickled, and no length is believed: control is
-bounded by the kind and by who sends it, data by the bytes that the plan still provides for.
+`serial` counts the frames of a connection: one that is replayed, dropped or out of order is noticed. `phase`
+and `depth` (the causal round, see `Meter`) belong to data. Nothing is ever unpickled, no length is believed: control
+is bounded by the kind and by who sends it, data by the bytes that the plan still provides for.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Fields:
 
     def number(self, key: str, low: float, high: float) -> float:
         value = self.body.get(key)
-        if type(value) not in (int, float) or not low <= value <= high:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
             raise FrameError(f"'{key}' has to be a number from {low:g} to {high:g}")
         return float(value)
 
@@ -157,7 +157,7 @@ class Fields:
 
 def tensor_bytes(message: Sequence[Tensor]) -> list[memoryview]:
     """The bytes of tensors, without a copy where they are contiguous."""
-    return [memoryview(t.contiguous().view(-1).numpy()).cast("B") for t in message if t.numel()]
+    return [t.contiguous().view(-1).numpy().data.cast("B") for t in message if t.numel()]
 
 
 def spec_bytes(specs: Sequence[Spec]) -> int:

@@ -11,6 +11,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from tacit.ir.cost import P2, ROLES
@@ -179,10 +180,8 @@ def _receive(wire: Wire, serial: int, role: int, deadline: float, kind: Kind = K
 
 
 def _refuse(wire: Wire, serial: int, reason: str, deadline: float) -> None:
-    try:
+    with suppress(PartyError):
         _send(wire, Kind.REFUSE, serial, {"reason": reason[:1000]}, deadline)
-    except PartyError:
-        pass
 
 
 def _close(wire: Wire | None) -> None:

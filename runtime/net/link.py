@@ -6,9 +6,12 @@ import itertools
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -85,11 +88,11 @@ class Link:
 
     # --- sending ---
 
-    def cast(self, what: str, request: int = 0, **fields: Any) -> None:
+    def cast(self, what: str, request: int = 0, /, **fields: Any) -> None:
         """Tell the other side something; raises PartyError where the connection has ended."""
         self._send(Kind.CAST, [encode({"what": what} | fields)], request)
 
-    def call(self, what: str, seconds: float, **fields: Any) -> Fields:
+    def call(self, what: str, seconds: float, /, **fields: Any) -> Fields:
         """Ask the other side; raises RefusedError with its reason, PartyError where no answer comes in time."""
         number, future = next(self._ids), Future[Fields]()
         self._calls[number] = future
@@ -109,10 +112,8 @@ class Link:
         self._send(Kind.DATA, tensor_bytes(message), request, phase, depth)
 
     def ping(self) -> None:
-        try:
+        with suppress(PartyError):
             self._send(Kind.PING, [])
-        except PartyError:
-            pass
 
     def _send(
         self,
@@ -161,7 +162,7 @@ class Link:
         except PartyError as error:
             self.close(str(error))
         except Exception as error:  # a mistake of ours must not leave the others waiting
-            self.close(f"internal error ({type(error).__name__})")
+            self.close(mistake(error))
         finally:
             for future in list(self._calls.values()):
                 if not future.done():
@@ -184,7 +185,7 @@ class Link:
         deadline = time.monotonic() + self._frame_seconds(header.length)
         if header.kind is Kind.DATA:
             payload, deliver = self._handler.room(self, header)
-            self._wire.read(memoryview(payload), deadline)
+            self._wire.read(payload.data, deadline)
             deliver(payload)
             return
         content = bytearray(header.length)
@@ -211,17 +212,13 @@ class Link:
         except TacitError as error:
             body = {"error": str(error)[:1000]}
         except Exception as error:
-            body = {"error": f"internal error ({type(error).__name__})"}
-        try:
+            body = {"error": mistake(error)}
+        with suppress(PartyError):
             self._send(Kind.REPLY, [encode(body)], number)
-        except PartyError:
-            pass
 
     def _refuse(self, reason: str) -> None:
-        try:
+        with suppress(PartyError):
             self._send(Kind.REFUSE, [encode({"reason": reason[:1000]})])
-        except PartyError:
-            pass
 
     def close(self, reason: str) -> None:
         """End the connection; the first reason counts."""
@@ -232,6 +229,13 @@ class Link:
 
     def join(self, seconds: float) -> None:
         self._thread.join(seconds)
+
+
+def mistake(error: Exception) -> str:
+    """What is said of an error of ours: its kind and place. Its text could hold values."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return f"internal error ({type(error).__name__}{where})"
 
 
 class _Delay:

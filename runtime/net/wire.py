@@ -44,7 +44,8 @@ def context(deployment: Deployment, identity: Identity, *, server: bool) -> ssl.
     made.load_verify_locations(cadata=deployment.authority)
     made.load_cert_chain(identity.certificate, identity.key)
     made.options |= ssl.OP_NO_COMPRESSION
-    made.num_tickets = 0  # no resumption: every connection proves its certificate anew
+    if server:
+        made.num_tickets = 0  # no resumption: every connection proves its certificate anew
     return made
 
 
