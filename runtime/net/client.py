@@ -18,7 +18,7 @@ from tacit.ir.cost import CLIENT, P0, P1, ROLES
 from tacit.ir.errors import PartyError, ProtocolError, RefusedError, TacitError
 from tacit.ir.plan import Plan
 from tacit.runtime.channel import NETWORKS
-from tacit.runtime.net.deployment import Deployment, Identity
+from tacit.runtime.net.deployment import Deployment, Identity, check_batch
 from tacit.runtime.net.flow import Flow, FlowChannel, Payload, budget, traffic
 from tacit.runtime.net.frames import PLAN_BYTES, Fields, FrameError, Header, Phase
 from tacit.runtime.net.handshake import Hello, dial
@@ -88,6 +88,7 @@ class Client:
         begin = time.monotonic()
         links, plan = self._connected()
         batch = len(next(iter(inputs.values())))
+        check_batch(batch, self.deployment.limits)
         # Fresh for this request: P0's share follows from it, and is no use to anybody else.
         number, seed = int.from_bytes(os.urandom(8), "big"), os.urandom(KEY_BYTES)
         flow = Flow(number, batch, budget(traffic(plan, batch), CLIENT), begin + seconds, seconds)

@@ -309,10 +309,20 @@ class Coordinator:
     # --- readiness ---
 
     def renew(self) -> None:
-        """Open a session for the model that was just pushed; raises PartyError or RefusedError."""
+        """Open a session for the model that was just pushed; raises PartyError or RefusedError.
+
+        Parties that are about to connect are waited for, as long as a handshake may take.
+        """
+        deadline = time.monotonic() + self._limits.handshake_seconds
         with self._renewing:
             self.lose("a new model was pushed")
-            self._join(fresh=True)
+            while True:
+                try:
+                    return self._join(fresh=True)
+                except PartyError:
+                    if time.monotonic() > deadline:
+                        raise
+                time.sleep(_TICK / 5)
 
     def lose(self, reason: str) -> None:
         """Something that all requests need is gone."""

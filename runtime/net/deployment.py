@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tacit.ir.cost import ROLES
-from tacit.ir.errors import DeploymentError
+from tacit.ir.errors import DeploymentError, RefusedError
 from tacit.runtime.channel import NETWORKS
 
 DEPLOYMENT_FILE, CERTIFICATE_FILE, KEY_FILE = "deployment.toml", "cert.pem", "key.pem"
@@ -153,6 +153,12 @@ class Identity:
     @property
     def key(self) -> Path:
         return self.folder / KEY_FILE
+
+
+def check_batch(batch: int, limits: Limits) -> None:
+    """Raises RefusedError for a batch that is larger than allowed."""
+    if batch > limits.batch:
+        raise RefusedError(f"a batch of {batch} is more than the {limits.batch} allowed")
 
 
 def load_deployment(path: str | os.PathLike[str]) -> Deployment:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from tacit.runtime.net.flow import Flow, Payload
 from tacit.runtime.net.frames import FrameError, Phase
 from tacit.runtime.net.link import Link
 
+_DECLINED = 1024
 Key = tuple[str, int]
 
 
@@ -47,6 +49,7 @@ class Lobby:
     def __init__(self, per_client: int) -> None:
         self._per_client = per_client
         self._visits: dict[Key, Visit] = {}
+        self._declined: OrderedDict[Key, int] = OrderedDict()
         self._lock = threading.Lock()
 
     def arrive(self, link: Link, number: int, batch: int, share_bytes: int, seconds: float) -> Visit:
@@ -78,9 +81,19 @@ class Lobby:
             flow.put(CLIENT, Phase.ONLINE, 1, payload)
         return visit
 
-    def expect(self, link: Link, number: int, size: int) -> Visit:
+    def decline(self, link: Link, number: int, share_bytes: int) -> None:
+        """A refused request, whose share may be on its way: that much is let in, and dropped."""
+        with self._lock:
+            self._declined[link.peer.member.sha256, number] = share_bytes
+            while len(self._declined) > _DECLINED:
+                self._declined.popitem(last=False)
+
+    def expect(self, link: Link, number: int, size: int) -> Visit | None:
         """Data of a client is announced; raises FrameError unless it is the share that is due."""
         with self._lock:
+            if self._declined.get((link.peer.member.sha256, number)) == size:
+                del self._declined[link.peer.member.sha256, number]
+                return None
             visit = self._visits.get((link.peer.member.sha256, number))
             if visit is None or visit.link is not link or visit.expected < 0:
                 raise FrameError(f"data for request {number}, which is not under way")
@@ -96,6 +109,8 @@ class Lobby:
             flow.put(CLIENT, Phase.ONLINE, 1, payload)
 
     def leave(self, visit: Visit) -> None:
+        if visit.link is not None and visit.expected >= 0:
+            self.decline(visit.link, visit.number, visit.expected)
         with self._lock:
             self._visits.pop((visit.client, visit.number), None)
 

@@ -18,7 +18,7 @@ from tacit.ir.errors import DeploymentError, PartyError, RefusedError, TacitErro
 from tacit.runtime.channel import NETWORKS
 from tacit.runtime.memory import keep_freed_buffers
 from tacit.runtime.net.coordinator import Coordinator, resume_answer
-from tacit.runtime.net.deployment import Deployment, Identity, Member
+from tacit.runtime.net.deployment import Deployment, Identity, Member, check_batch
 from tacit.runtime.net.engine import IDS, Engine, Job, Session, sharing_bytes
 from tacit.runtime.net.flow import Payload
 from tacit.runtime.net.frames import Fields, FrameError, Header
@@ -89,8 +89,11 @@ class PartyServer:
             ) from None
         if self.member.metrics is not None:
             self._exposition = self.metrics.serve(self.member.metrics)
-        for target in (self._accept, self._beat):
-            threading.Thread(target=target, name=target.__name__, daemon=True).start()
+        self._own = [
+            threading.Thread(target=target, name=target.__name__, daemon=True) for target in (self._accept, self._beat)
+        ]
+        for thread in self._own:
+            thread.start()
         for rank in range(self.rank):
             threading.Thread(target=self._dial, args=(rank,), name=f"to {ROLES[rank]}", daemon=True).start()
         if self.coordinator is not None:
@@ -133,6 +136,7 @@ class PartyServer:
         if self.coordinator is not None:
             self.coordinator.close()
         if self._listener is not None:
+            self._own[0].join()  # it holds the port
             self._listener.close()
         if self._exposition is not None:
             self._exposition.shutdown()
@@ -278,7 +282,7 @@ class PartyServer:
             return payload, lambda content: flow.put(link.role, header.phase, header.depth, content)
         if purpose == "client":
             visit = self.lobby.expect(link, header.request, size)
-            return self.receiver.memory(size), lambda content: self.lobby.bring(visit, content)
+            return self.receiver.memory(size), lambda content: self.lobby.bring(visit, content) if visit else None
         return self.receiver.room(link, header)
 
     # --- frames: control ---
@@ -305,11 +309,10 @@ class PartyServer:
             raise FrameError(f"'{what}', which is not for {ROLES[self.rank]}")
         batch = fields.integer("batch", 1, 1 << 31)
         seconds = min(fields.number("seconds", 0.0, 1e6), self.limits.request_seconds)
-        visit = None
+        visit, session = None, self.engine.session
         try:
-            if batch > self.limits.batch:
-                raise RefusedError(f"a batch of {batch} is more than the {self.limits.batch} allowed")
-            if (session := self.engine.session) is None:
+            check_batch(batch, self.limits)
+            if session is None:
                 raise RefusedError(f"{ROLES[self.rank]} cannot serve now: {self._state()}")
             if self.coordinator is None:
                 self.lobby.arrive(link, number, batch, sharing_bytes(session, batch), seconds + 5)
@@ -321,6 +324,8 @@ class PartyServer:
             self._note_refusal("request", str(error), link.peer.name)
             if visit is not None:
                 self.lobby.leave(visit)
+            elif self.rank == P1 and session is not None and batch <= self.limits.batch:
+                self.lobby.decline(link, number, sharing_bytes(session, batch))  # its share is on the way already
             link.cast("error", number, reason=str(error), refused=True)
 
     def _forget(self, visit: Visit, reason: str) -> None:

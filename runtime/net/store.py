@@ -179,8 +179,10 @@ class Store:
         self.ledger = Ledger(folder / "ledger")
 
     def close(self) -> None:
-        self.ledger.close()
-        os.close(self._lock)
+        if self._lock >= 0:
+            self.ledger.close()
+            os.close(self._lock)
+            self._lock = -1
 
     # --- the model ---
 
