@@ -214,7 +214,7 @@ def test_a_party_that_lost_its_disk_gets_a_new_session(tmp_path: Path) -> None:
         trio.stop(P1)
         shutil.rmtree(tmp_path / "P1/state/model")
         trio.start(P1)
-        with trio.connect() as remote, pytest.raises(RefusedError, match="no model|different plans|cannot serve"):
+        with trio.connect() as remote, pytest.raises(RefusedError, match=r"no model|different plans|cannot serve"):
             remote.predict(images(1))
         trio.push()
         with trio.connect() as remote:

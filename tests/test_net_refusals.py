@@ -160,9 +160,9 @@ def test_an_expired_certificate(place: Trio) -> None:
 
 def test_a_certificate_that_is_not_pinned(place: Trio) -> None:
     before = refusals(place, P0)
-    with works(place), place.connect("client4") as remote:
-        with pytest.raises(RefusedError, match="P0 refused: the certificate is not pinned in the deployment"):
-            remote.predict(images(1))
+    reason = "P0 refused: the certificate is not pinned in the deployment"
+    with works(place), place.connect("client4") as remote, pytest.raises(RefusedError, match=reason):
+        remote.predict(images(1))
     assert refusals(place, P0) > before
 
 
@@ -189,9 +189,9 @@ def test_a_caller_without_a_certificate_or_with_old_tls(place: Trio) -> None:
         tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
         if old:
             tls.maximum_version = ssl.TLSVersion.TLSv1_2
-        with pytest.raises((ssl.SSLError, ConnectionError)):  # noqa: PT012
-            with tls.wrap_socket(socket.create_connection(address, timeout=5)) as sock:
-                sock.recv(1)
+        sock = socket.create_connection(address, timeout=5)
+        with pytest.raises((ssl.SSLError, ConnectionError)), tls.wrap_socket(sock) as wrapped:
+            wrapped.recv(1)
 
 
 def test_a_party_that_shows_anothers_certificate_is_not_believed(place: Trio) -> None:
@@ -202,9 +202,9 @@ def test_a_party_that_shows_anothers_certificate_is_not_believed(place: Trio) ->
     before = refusals(place, P1)
     file = place.folder / "crossed.toml"
     file.write_text(crossed.text())
-    with tacit.connect(file, place.folder / "client") as remote:
-        with pytest.raises(RefusedError, match="P0 was called, but the certificate shown is that of P1"):
-            remote.predict(images(1))
+    reason = "P0 was called, but the certificate shown is that of P1"
+    with tacit.connect(file, place.folder / "client") as remote, pytest.raises(RefusedError, match=reason):
+        remote.predict(images(1))
     deadline = time.monotonic() + 5
     while refusals(place, P1) == before and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -217,7 +217,12 @@ def test_a_party_that_shows_anothers_certificate_is_not_believed(place: Trio) ->
 @pytest.mark.parametrize(
     ("who", "rank", "said", "reason"),
     [
-        ("client", P0, hello("P1", "P0", purpose="link"), "certificate is that of client, whose role is client, not P1"),
+        (
+            "client",
+            P0,
+            hello("P1", "P0", purpose="link"),
+            "certificate is that of client, whose role is client, not P1",
+        ),
         ("client", P0, hello("client", "P0", purpose="link"), "client may not speak as a party here"),
         ("P2", P1, hello("P0", "P1", purpose="link"), "certificate is that of P2, whose role is P2, not P0"),
         ("P1", P1, hello("P1", "P1", purpose="link"), "P1 may not speak as a party here"),
