@@ -22,7 +22,7 @@ from rich.text import Text
 from rich.theme import Theme
 from torch.export import ExportedProgram
 
-from tacit.cli_net import register
+from tacit.cli_net import bench_processes, register
 from tacit.cli_shared import AsJson, Failure, clear_errors, read_array
 from tacit.driver import compile as compile_model
 from tacit.ir.errors import PlanError
@@ -475,11 +475,17 @@ def bench_command(
     per_op: Annotated[
         bool, typer.Option("--per-op", help="Also the seconds of work by line, phase and party.")
     ] = False,
+    processes: Annotated[
+        bool, typer.Option("--processes", help="Three party processes over TLS, beside virtual parties.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Time and bytes of one network with random weights, beside plaintext PyTorch in the same run."""
     from tacit.bench import bench, text
 
+    if processes:
+        bench_processes(model, batch, network, runs, as_json)
+        return
     with clear_errors():
         found = bench(model, batch=batch, network=network, protocol=protocol, reveal=reveal, runs=runs, per_op=per_op)
     typer.echo(json.dumps(dataclasses.asdict(found)) if as_json else text(found))

@@ -194,3 +194,12 @@ def _status_text(role: str, answer: Exception | dict[str, Any]) -> str:
             [f"store {', '.join(f'{n} of batch {b}' for b, n in answer['store'].items())}"] if answer["store"] else []
         )
     return "; ".join(parts)
+
+
+def bench_processes(model: str, batch: int, network: str, runs: int, as_json: bool) -> None:
+    """`tacit bench --processes`."""
+    from tacit.bench_net import bench_net, text
+
+    with clear_errors():
+        found = bench_net(model, batch=batch, network=network, runs=runs)
+    typer.echo(json.dumps(found.__dict__) if as_json else text(found))

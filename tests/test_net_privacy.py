@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ def needles(values: torch.Tensor, frac: int) -> list[bytes]:
 
 
 @pytest.fixture(scope="module")
-def captured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Place, bytes, dict[str, torch.Tensor]]]:
+def captured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, bytes, dict[str, torch.Tensor]]:
     """One whole run through recording proxies: parties, owner and client are processes of their own."""
     folder = tmp_path_factory.mktemp("captured")
     compiled(folder)
@@ -86,7 +85,7 @@ def captured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Place, 
     y = torch.from_numpy(np.load(folder / "y.npy"))
     assert close_to(y, x)
     traffic = b"".join(bytes(proxy.recorded) for proxy in proxies)
-    yield place, traffic + said, {"x": x, "y": y}
+    return place, traffic + said, {"x": x, "y": y}
 
 
 def test_no_value_is_in_the_capture_or_the_logs(captured: tuple[Place, bytes, dict[str, torch.Tensor]]) -> None:
@@ -192,9 +191,7 @@ def test_what_p2_receives_does_not_depend_on_the_inputs(tmp_path: Path, monkeypa
     assert kinds[0] == kinds[1]
     assert {source for source, _, _ in kinds[0]} <= {P0, P1}
     assert CLIENT not in {k[0] for k in kinds[0]} and OWNER not in {k[0] for k in kinds[0]}, ROLES
-    counts = [
-        np.bincount(np.frombuffer(b"".join(raw for _, raw in view), np.uint8), minlength=256) for view in views
-    ]
+    counts = [np.bincount(np.frombuffer(b"".join(raw for _, raw in view), np.uint8), minlength=256) for view in views]
     assert min(c.sum() for c in counts) > 10_000
     used = (counts[0] + counts[1]) >= 10
     assert chi2_contingency(np.stack([c[used] for c in counts])).pvalue > 1e-6
