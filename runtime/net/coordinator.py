@@ -247,8 +247,9 @@ class Coordinator:
                     batch=job.batch,
                     stored=job.stored,
                     seconds=left,
-                    client=visit.client,
-                    number=visit.number,
+                    # P2 has nothing to do with the client, and is not told who it is.
+                    client=visit.client if rank == P1 else "",
+                    number=visit.number if rank == P1 else 0,
                 )
         except PartyError as error:
             flow.fail(error)
