@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -94,8 +96,11 @@ def party_command(
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
         server.start()
-        stop.wait()
+        while not stop.wait(0.2):
+            pass  # awake now and then: a signal that another thread took is handled by this one
         server.drain()
+    sys.stderr.flush()
+    os._exit(0)  # a worker whose deadline has yet to pass does not hold up the end
 
 
 @owner.command("push")

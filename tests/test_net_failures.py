@@ -179,7 +179,7 @@ def kill_and_recover(place: Processes, role: str, where: str, n: int) -> None:
     [("P0", "after the disk"), ("P1", "after taking material"), ("P2", "torn line"), ("P1", "before the disk")],
 )
 def test_death_around_the_ledger(processes: Processes, role: str, where: str) -> None:
-    kill_and_recover(processes, role, where, 3)
+    kill_and_recover(processes, role, where, 1 if "taking" in where else 3)
 
 
 @pytest.mark.slow
@@ -189,7 +189,7 @@ def test_sixty_deaths(processes: Processes) -> None:
     kills = 0
     for where, ranks in PLACES.items():
         for rank in ranks:
-            n = 1 if where == "reserving ids" else generator.randrange(2, 8)
+            n = 1 if where in ("reserving ids", "before taking material", "after taking material") else 4
             kill_and_recover(processes, ROLES[rank], where, n)
             kills += 2  # one at whatever it was doing, one at the place
     load = Load(processes)

@@ -43,6 +43,11 @@ class Limits:
     session_seconds: float = 120.0  # to open a session, or to push a model
     drain_seconds: float = 30.0
 
+    @property
+    def longest(self) -> float:
+        """The longest that anything may take."""
+        return max(self.request_seconds, self.session_seconds)
+
 
 @dataclass(frozen=True)
 class StoreSettings:

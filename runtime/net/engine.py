@@ -28,6 +28,7 @@ from tacit.runtime.party import execute
 Tensor = torch.Tensor
 _REMEMBERED = 4096  # requests that have ended, whose late messages are dropped
 _PREPARED = 1024  # batches whose material P2 keeps in memory; others it deals again for itself
+_EXPANDED, _EXPANDED_BYTES = 16, 1 << 20  # P0 and P1 have that many batches of that size ready to use, in memory too
 
 
 @dataclass
@@ -217,7 +218,8 @@ class Engine:
             if self.rank == P2:
                 self.announce(flow)
                 channel = FlowChannel(flow, self.rank, Phase.OFFLINE, self.send_to(flow))
-                self._keep(batch_id, session.seats.deal(channel, batch_id, batch))
+                self._keep(session, batch_id, session.seats.deal(channel, batch_id, batch))
+                channel.flush()
                 self.metrics.sent(Phase.OFFLINE, channel.meter)
                 return 0
             due = session.book(batch)[Phase.OFFLINE][P2, self.rank]
@@ -228,12 +230,17 @@ class Engine:
                 due -= payload.size
             if self.session is not session:
                 raise PartyError("the session was renewed")
-            return self.store.put_material(batch_id, batch, {P2: messages})
+            size = self.store.put_material(batch_id, batch, {P2: messages})
+            if size <= _EXPANDED_BYTES and len(self._prepared) < _EXPANDED:
+                self._keep(session, batch_id, session.seats.deal(Replay(self.rank, {P2: messages}), batch_id, batch))
+            return size
         finally:
             self.end(request)
 
-    def _keep(self, batch_id: int, material: Dealt) -> None:
+    def _keep(self, session: Session, batch_id: int, material: Dealt) -> None:
         with self._lock:
+            if self.session is not session:
+                return  # batch ids start anew with every session
             self._prepared[batch_id] = material
             while len(self._prepared) > _PREPARED:
                 self._prepared.popitem(last=False)
@@ -294,14 +301,16 @@ class Engine:
         if not job.stored:
             channel = FlowChannel(flow, self.rank, Phase.OFFLINE, send)
             material = session.seats.deal(channel, job.batch_id, job.batch)
+            channel.flush()
             self.metrics.sent(Phase.OFFLINE, channel.meter)
             return material
-        if self.rank == P2:
-            with self._lock:
-                kept = self._prepared.pop(job.batch_id, None)
-            # After a restart: the same keys give the same material, and nothing is sent again.
-            return kept or session.seats.deal(Replay(self.rank, {}), job.batch_id, job.batch)
-        messages = self.store.take_material(job.batch_id, job.batch)
+        with self._lock:
+            kept = self._prepared.pop(job.batch_id, None)
+        if kept is not None:
+            self.store.drop_material(job.batch_id, job.batch)
+            return kept
+        # P2 after a restart: the same keys give the same material, and nothing is sent again.
+        messages = self.store.take_material(job.batch_id, job.batch) if self.rank != P2 else {}
         return session.seats.deal(Replay(self.rank, messages), job.batch_id, job.batch)
 
 

@@ -23,6 +23,8 @@ Tensor = torch.Tensor
 Payload = NDArray[np.uint8]
 Budget = dict[tuple[Phase, int], int]
 Book = dict[Phase, Counter[Edge]]
+_HELD = 1 << 20  # bytes of offline messages that are joined at most
+_EMPTY = np.empty(0, np.uint8)
 Send = Callable[[int, Phase, int, Sequence[Tensor]], None]
 
 
@@ -120,6 +122,9 @@ class FlowChannel(Channel):
         self._flow = flow
         self._phase = phase
         self._send = send
+        self._held: dict[int, list[Tensor]] = {}  # offline, by target
+        self._held_bytes = 0
+        self._stream = _Stream(lambda source: flow.take(source, phase)[1])
 
     def send(self, target: int, message: Sequence[Tensor]) -> None:
         size = sum(t.nbytes for t in message)
@@ -127,16 +132,50 @@ class FlowChannel(Channel):
             return
         if self._flow.failure is not None:
             raise self._flow.failure
-        self._send(target, self._phase, self.meter.sent(self.rank, target, size), message)
+        depth = self.meter.sent(self.rank, target, size)
+        if self._phase is Phase.ONLINE:
+            self._send(target, self._phase, depth, message)
+            return
+        self._held.setdefault(target, []).extend(message)
+        self._held_bytes += size
+        if self._held_bytes >= _HELD:
+            self.flush()
+
+    def flush(self) -> None:
+        """Offline, many short messages go one way: they are held back, and travel joined."""
+        held, self._held, self._held_bytes = self._held, {}, 0
+        for target, message in held.items():
+            self._send(target, self._phase, 0, message)
 
     def recv(self, source: int, specs: Sequence[Spec]) -> tuple[Tensor, ...]:
         size = spec_bytes(specs)
         if not size:
             return tuple(torch.empty(spec.shape, dtype=spec.dtype) for spec in specs)
+        if self._phase is Phase.OFFLINE:
+            return tensors(self._stream.read(source, size), specs)
         depth, payload = self._flow.take(source, self._phase, size)
         self.meter.received(self.rank, depth)
         self.deepest = max(self.deepest, depth)
         return tensors(payload, specs)
+
+
+class _Stream:
+    """Offline messages as they are joined: bytes by sender, cut where the reader wants them."""
+
+    def __init__(self, more: Callable[[int], Payload]) -> None:
+        self._more = more
+        self._left: dict[int, Payload] = {}
+
+    def read(self, source: int, size: int) -> Payload:
+        found = self._left.get(source, _EMPTY)
+        while found.size < size:
+            more = self._more(source)
+            if not more.size:
+                raise ProtocolError("the stored material does not fit the plan")
+            found = np.concatenate([found, more]) if found.size else more
+        self._left[source] = found[size:]
+        # A copy of its own where it is not aligned for the widest of elements.
+        return found[:size] if found.ctypes.data % 8 == 0 else found[:size].copy()
 
 
 class Replay(Channel):
@@ -144,16 +183,14 @@ class Replay(Channel):
 
     def __init__(self, rank: int, messages: dict[int, list[Payload]]) -> None:
         self.rank = rank
-        self._messages = {source: iter(found) for source, found in messages.items()}
+        left = {source: iter(found) for source, found in messages.items()}
+        self._stream = _Stream(lambda source: next(left.get(source, iter(())), _EMPTY))
 
     def send(self, target: int, message: Sequence[Tensor]) -> None:
         return None
 
     def recv(self, source: int, specs: Sequence[Spec]) -> tuple[Tensor, ...]:
-        payload = next(self._messages.get(source, iter(())), None)
-        if payload is None or payload.size != spec_bytes(specs):
-            raise ProtocolError("the stored material does not fit the plan")
-        return tensors(payload, specs)
+        return tensors(self._stream.read(source, spec_bytes(specs)), specs)
 
 
 class Blank(Channel):

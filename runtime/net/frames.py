@@ -10,11 +10,11 @@ is bounded by the kind and by who sends it, data by the bytes that the plan stil
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,8 +52,10 @@ class Phase(IntEnum):
     ONLINE = 1
 
 
-@dataclass(frozen=True)
-class Header:
+_KINDS, _PHASES = {int(kind): kind for kind in Kind}, {int(phase): phase for phase in Phase}
+
+
+class Header(NamedTuple):
     kind: Kind
     serial: int
     length: int
@@ -68,13 +70,13 @@ class Header:
     def parse(raw: bytes | bytearray | memoryview, serial: int, role: int) -> Header:
         """The header, if it is the next one and its length is bounded; `role` is the sender's. Raises FrameError."""
         kind, phase, depth, found, request, length = HEADER.unpack(raw)
-        if kind not in Kind.__members__.values():
+        if kind not in _KINDS:
             raise FrameError(f"a frame of unknown kind {kind}")
-        if phase not in Phase.__members__.values():
+        if phase not in _PHASES:
             raise FrameError(f"a frame of unknown phase {phase}")
         if found != serial:
             raise FrameError(f"frame {found} where {serial} is due: replayed, lost or out of order")
-        header = Header(Kind(kind), found, length, request, Phase(phase), depth)
+        header = Header(_KINDS[kind], found, length, request, _PHASES[phase], depth)
         if header.kind is not Kind.DATA and length > header.bound(role):
             raise FrameError(f"a {header.kind.name} frame of {length} bytes, {header.bound(role)} are allowed")
         return header
@@ -160,8 +162,16 @@ def tensor_bytes(message: Sequence[Tensor]) -> list[memoryview]:
     return [t.contiguous().view(-1).numpy().data.cast("B") for t in message if t.numel()]
 
 
+_NUMPY: dict[torch.dtype, type[np.generic]] = {
+    torch.uint8: np.uint8,
+    torch.uint16: np.uint16,
+    torch.uint32: np.uint32,
+    torch.int64: np.int64,
+}
+
+
 def spec_bytes(specs: Sequence[Spec]) -> int:
-    return sum(torch.Size(spec.shape).numel() * spec.dtype.itemsize for spec in specs)
+    return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs)
 
 
 def tensors(payload: np.ndarray[Any, np.dtype[np.uint8]], specs: Sequence[Spec]) -> tuple[Tensor, ...]:
@@ -170,8 +180,8 @@ def tensors(payload: np.ndarray[Any, np.dtype[np.uint8]], specs: Sequence[Spec])
     for spec in specs:
         size = spec_bytes([spec])
         part = payload[offset : offset + size]
-        if part.ctypes.data % 16 and spec.dtype.itemsize > 1:
+        if offset % spec.dtype.itemsize:
             part = part.copy()
-        out.append(torch.from_numpy(part).view(spec.dtype).view(spec.shape))
+        out.append(torch.from_numpy(part.view(_NUMPY[spec.dtype]).reshape(spec.shape)))
         offset += size
     return tuple(out)

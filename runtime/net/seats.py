@@ -12,7 +12,7 @@ from tacit.ir.ops.roles import Input, Weight
 from tacit.ir.plan import Node, Plan, Schedule
 from tacit.ir.types import Type
 from tacit.runtime.channel import Channel
-from tacit.runtime.net.flow import Blank
+from tacit.runtime.net.flow import Blank, FlowChannel
 from tacit.runtime.party import Party, Seat, Values, deal, execute
 from tacit.runtime.prf import KEY_BYTES
 
@@ -107,6 +107,8 @@ def open_masks(
     seats = Seats(plan, rank, keys, values)
     material: Dealt = {}
     deal([n for n in plan.nodes if n.op.session], seats.seat(offline, 0, 1), material)
+    if isinstance(offline, FlowChannel):
+        offline.flush()
     lines = weight_lines(plan)
     execute(
         plan,

@@ -340,7 +340,7 @@ class PartyServer:
     def _start(self, link: Link, request: int, fields: Fields) -> None:
         """P0 starts a request at P1 and P2."""
         batch = fields.integer("batch", 1, self.limits.batch)
-        seconds = fields.number("seconds", 0.0, self.limits.request_seconds)
+        seconds = fields.number("seconds", 0.0, self.limits.longest)
         stored, deadline = fields.flag("stored"), time.monotonic() + seconds
         client, number = fields.text("client", 64), fields.integer("number", 0, (1 << 64) - 1)
         job = Job(request, request & IDS, batch, stored, deadline, seconds)
@@ -364,7 +364,7 @@ class PartyServer:
 
     def _begin(self, request: int, fields: Fields) -> None:
         """P1 or P2 is about to send messages of a request of which P0's word may still be on its way."""
-        seconds = fields.number("seconds", 0.0, self.limits.session_seconds)
+        seconds = fields.number("seconds", 0.0, self.limits.longest)
         try:
             self.engine.flow(request, fields.integer("batch", 1, self.limits.batch), seconds)
         except PartyError:
@@ -407,7 +407,7 @@ class PartyServer:
             return resume_answer(self.engine, fields)
         if what == "deal" and role == P0:
             request, batch = fields.integer("request", 1, (1 << 64) - 1), fields.integer("batch", 1, self.limits.batch)
-            seconds = fields.number("seconds", 0.0, self.limits.session_seconds)
+            seconds = fields.number("seconds", 0.0, self.limits.longest)
             return {"bytes": self.engine.deal_ahead(request, batch, seconds)}
         raise RefusedError(f"{ROLES[role]} may not ask for '{what}' here")
 

@@ -22,6 +22,7 @@ from tacit.runtime.net.deployment import Deployment, Identity
 
 _T = TypeVar("_T")
 _WRITE = 1 << 16  # bytes handed to OpenSSL in one call
+_RECORD = 1 << 14
 
 
 class Closed(PartyError):
@@ -58,6 +59,8 @@ class Wire:
         sock.setblocking(False)
         self._lock = threading.Lock()
         self._closed = False
+        self._buffer = memoryview(bytearray(_RECORD))
+        self._begin = self._end = 0  # what of the buffer was received and not yet read
         try:
             self._sock = tls.wrap_socket(sock, server_side=server, do_handshake_on_connect=False)
         except OSError as error:
@@ -76,12 +79,26 @@ class Wire:
         return hashlib.sha256(der).hexdigest()
 
     def read(self, view: memoryview, deadline: float) -> None:
-        """Fill the view."""
+        """Fill the view. One caller at a time.
+
+        Small reads go through a buffer of the size of a TLS record, which holds a header and a short message at once.
+        """
         while len(view):
-            count = self._until(partial(self._sock.recv_into, view), deadline)
-            if not count:
-                raise Closed("it closed the connection")
+            if self._begin < self._end:
+                count = min(len(view), self._end - self._begin)
+                view[:count] = self._buffer[self._begin : self._begin + count]
+                self._begin += count
+            elif len(view) >= _RECORD:
+                count = self._receive(view, deadline)
+            else:
+                self._begin, self._end, count = 0, self._receive(self._buffer, deadline), 0
             view = view[count:]
+
+    def _receive(self, view: memoryview, deadline: float) -> int:
+        count = self._until(partial(self._sock.recv_into, view), deadline)
+        if not count:
+            raise Closed("it closed the connection")
+        return count
 
     def write(self, buffers: Iterable[bytes | memoryview], deadline: float) -> None:
         """Send all of it. One caller at a time."""
