@@ -223,6 +223,35 @@ def test_a_party_that_lost_its_disk_gets_a_new_session(tmp_path: Path) -> None:
         trio.close()
 
 
+def test_a_party_with_another_plan_is_refused_until_the_owner_pushes_again(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    trio = Trio(tmp_path)
+    try:
+        compiled(tmp_path, reveal="argmax")
+        trio.push()
+        shutil.copytree(tmp_path / "P2/state/model", tmp_path / "old")
+        compiled(tmp_path)
+        trio.push()
+        trio.stop(P2)
+        shutil.rmtree(tmp_path / "P2/state/model")
+        (tmp_path / "old").rename(tmp_path / "P2/state/model")
+        trio.start(P2)
+        time.sleep(1.0)
+        told = [line for line in capfd.readouterr().err.splitlines() if "plan digest" in line]
+        assert any('"role": "P0"' in line for line in told)
+        assert any('"role": "P2"' in line for line in told)
+        with trio.connect() as remote, pytest.raises(RefusedError, match="P0 cannot serve now: P2 disconnected"):
+            remote.predict(images(1))
+        trio.push()
+        with trio.connect() as remote:
+            assert close_to(remote.predict(images(2)), images(2))
+    finally:
+        trio.close()
+
+
 def test_quota_and_queue(tmp_path: Path) -> None:
     compiled(tmp_path)
     limits = Limits(in_flight=1, queue=2, per_client=4, requests_per_minute=12)

@@ -64,7 +64,6 @@ def captured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, bytes, di
         for who, *what in (
             ("owner", "owner", "push", folder / "model"),
             ("client", "client", "predict", folder / "x.npy", "-o", folder / "y.npy"),
-            ("owner", "status"),
         ):
             done = subprocess.run(
                 [

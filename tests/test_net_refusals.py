@@ -299,6 +299,37 @@ def test_a_batch_beyond_the_limit_is_refused_by_the_party_too(place: Trio) -> No
     raw.wire.close()
 
 
+def test_calls_that_nobody_waits_for_do_not_pile_up(place: Trio) -> None:
+    with works(place):
+        raw = admitted(place)
+        with suppress(PartyError):
+            for i in range(3000):
+                raw.send(Kind.CALL, {"what": "plan"}, request=i)
+        replies = 0
+        try:
+            while raw.receive()[0] is Kind.REPLY:
+                replies += 1
+        except PartyError:
+            pass
+        assert replies < 3000
+        raw.wire.close()
+
+
+def test_one_member_does_not_take_all_connections(place: Trio) -> None:
+    held = [admitted(place) for _ in range(QUICK.per_member)]
+    try:
+        with works(place):
+            raw = Raw(place, "client", P0)
+            raw.send(Kind.HELLO, hello("client", "P0"))
+            assert raw.refused() == f"client has {QUICK.per_member} connections already"
+    finally:
+        for raw in held:
+            raw.wire.close()
+    deadline = time.monotonic() + 5
+    while len(place.servers[P0]._links) > 4 and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
 def test_one_byte_a_second_before_during_and_after_the_handshake(place: Trio) -> None:
     address = place.deployment.party(P0).address
     assert address is not None

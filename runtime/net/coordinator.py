@@ -356,6 +356,8 @@ class Coordinator:
             if link is None:
                 raise PartyError(f"{ROLES[rank]} is not connected")
             answer = link.call("query", self._limits.handshake_seconds)
+            if answer.flag("draining"):
+                raise PartyError(f"{ROLES[rank]} is shutting down")
             if not answer.flag("linked"):
                 raise PartyError("P1 and P2 are not connected with one another")
             if answer.text("push", 64) != model.push:

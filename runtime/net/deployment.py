@@ -34,6 +34,7 @@ class Limits:
     per_client: int = 16  # requests of one client, waiting or computed
     requests_per_minute: int = 0  # of one client
     connections: int = 256
+    per_member: int = 32  # connections of one member
     request_seconds: float = 30.0
     handshake_seconds: float = 5.0
     frame_seconds: float = 10.0  # for a frame to arrive once it has begun, beside its size over the least rate

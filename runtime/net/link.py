@@ -36,6 +36,7 @@ from tacit.runtime.net.handshake import Peer
 from tacit.runtime.net.wire import Closed, Late, Wire
 
 Tensor = torch.Tensor
+_CALLS = 16  # of one connection that wait for their answers
 _JOINED = 1 << 16  # messages up to this size go out in one piece
 
 
@@ -73,6 +74,7 @@ class Link:
         self._received = 1 if dialled else 2
         self._calls: dict[int, Future[Fields]] = {}
         self._ids = itertools.count(1)
+        self._answering = 0
         self._writing = threading.Lock()
         self._reason: str | None = None
         self._ended = threading.Lock()
@@ -197,6 +199,9 @@ class Link:
         if header.kind is Kind.CAST:
             self._handler.cast(self, header.request, fields)
         elif header.kind is Kind.CALL:
+            self._answering += 1
+            if self._answering > _CALLS:
+                raise FrameError(f"more than {_CALLS} calls at once")
             self._handler.submit(lambda: self._answer(header.request, fields))
         elif header.kind is Kind.REPLY:
             if (future := self._calls.get(header.request)) is not None and not future.done():
@@ -213,6 +218,7 @@ class Link:
             body = {"error": str(error)[:1000]}
         except Exception as error:
             body = {"error": mistake(error)}
+        self._answering -= 1
         with suppress(PartyError):
             self._send(Kind.REPLY, [encode(body)], number)
 
@@ -226,6 +232,15 @@ class Link:
             if self._reason is None:
                 self._reason = reason
         self._wire.stop()
+
+    def finish(self, reason: str) -> None:
+        """End the connection once the other side has everything that was sent."""
+        with self._ended:
+            if self._reason is None:
+                self._reason = reason
+        if self._delayed is not None:
+            self._delayed.wait()
+        self._wire.finish()
 
     def join(self, seconds: float) -> None:
         self._thread.join(seconds)
@@ -245,16 +260,25 @@ class _Delay:
         self._model = model
         self._write = write
         self._free_at = 0.0
+        self._left = 0  # frames that wait
+        self._lock = threading.Lock()
         self._queue: queue.SimpleQueue[tuple[float, bytes] | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, name="emulated link", daemon=True).start()
 
     def put(self, frame: bytes) -> None:
         """One caller at a time."""
         self._free_at = max(time.monotonic(), self._free_at) + len(frame) / self._model.bytes_per_second
+        with self._lock:
+            self._left += 1
         self._queue.put((self._free_at + self._model.latency_seconds, frame))
 
     def stop(self) -> None:
         self._queue.put(None)
+
+    def wait(self) -> None:
+        """Until everything is on its way."""
+        while self._left and time.monotonic() < self._free_at + self._model.latency_seconds + 1.0:
+            time.sleep(0.005)
 
     def _run(self) -> None:
         while (found := self._queue.get()) is not None:
@@ -264,3 +288,5 @@ class _Delay:
                 self._write([frame])
             except PartyError:
                 return
+            with self._lock:
+                self._left -= 1

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ class PartyServer:
         self._links: set[Link] = set()
         self._lock = threading.Lock()
         self._stopping = threading.Event()
+        self._draining = False
         self._calls = ThreadPoolExecutor(16, thread_name_prefix="call")
         self._jobs = ThreadPoolExecutor(2 * self.limits.in_flight, thread_name_prefix="request")
         self._handshakes = threading.BoundedSemaphore(_HANDSHAKES)
@@ -124,12 +126,26 @@ class PartyServer:
     def drain(self) -> None:
         """Serve what has been accepted, then stop: what SIGTERM asks for."""
         self.log("draining")
+        self._draining = True
         if self.coordinator is not None:
             self.coordinator.drain(self.limits.drain_seconds)
+        elif (leader := self.engine.links.get(P0)) is not None:
+            with suppress(PartyError):
+                leader.cast("draining")
         deadline = time.monotonic() + self.limits.drain_seconds
-        while self.engine.busy and time.monotonic() < deadline:
+        while self._anybody_busy() and time.monotonic() < deadline:
             time.sleep(0.02)
         self.stop()
+
+    def _anybody_busy(self) -> bool:
+        """Whether a request is under way here, or at another party that may still need this one."""
+        if self.engine.busy:
+            return True
+        busy = False
+        for link in list(self.engine.links.values()):
+            with suppress(TacitError):
+                busy |= link.call("busy", self.limits.handshake_seconds).integer("busy", 0, 1 << 31) > 0
+        return busy
 
     def stop(self) -> None:
         self._stopping.set()
@@ -144,7 +160,11 @@ class PartyServer:
         with self._lock:
             links = list(self._links)
         for link in links:
-            link.close(f"{ROLES[self.rank]} is shutting down")
+            link.finish(f"{ROLES[self.rank]} is shutting down")
+        deadline = time.monotonic() + 1.0
+        for link in links:
+            link.join(max(0.0, deadline - time.monotonic()))
+            link.close("")
         for link in links:
             link.join(2.0)
         self._jobs.shutdown(wait=False, cancel_futures=True)
@@ -185,6 +205,9 @@ class PartyServer:
         self._connect(wire, peer, dialled=False)
 
     def _allowed(self, member: Member, purpose: str) -> str:
+        with self._lock:
+            if sum(link.peer.member == member for link in self._links) >= self.limits.per_member:
+                return f"{member.name} has {self.limits.per_member} connections already"
         return permitted(self.rank, member, purpose)
 
     def _hello(self, purpose: str) -> Hello:
@@ -227,6 +250,7 @@ class PartyServer:
                 self.engine.links[peer.role] = link
         if before is not None:
             before.close("it connected anew")
+            self._lost(peer.name, "it connected anew")
         if peer.hello.purpose == "link":
             self.metrics.connected.labels(peer.name).set(1)
             self.log("connected", party=peer.name)
@@ -259,8 +283,12 @@ class PartyServer:
         if not current:
             return
         self.metrics.connected.labels(link.peer.name).set(0)
-        self.log("disconnected", party=link.peer.name, reason=reason)
-        text = f"{link.peer.name} disconnected: {reason}"
+        self._lost(link.peer.name, reason)
+
+    def _lost(self, name: str, reason: str) -> None:
+        """The link to a party is gone: what is under way cannot end well."""
+        self.log("disconnected", party=name, reason=reason)
+        text = f"{name} disconnected: {reason}"
         if self.coordinator is not None:
             self.coordinator.lose(text)
         self.engine.fail_all(text)
@@ -295,6 +323,8 @@ class PartyServer:
             self._start(link, request, fields)
         elif purpose == "link" and what == "begin":
             self._begin(request, fields)
+        elif purpose == "link" and what == "draining" and self.coordinator is not None:
+            self.coordinator.lose(f"{link.peer.name} is shutting down")
         elif purpose == "link" and what == "abort":
             self.engine.abort(request, fields.text("reason"))
         else:
@@ -395,8 +425,11 @@ class PartyServer:
             return {
                 "push": model.push if model else "",
                 "session": session.nonce if session else "",
+                "draining": self._draining,
                 "linked": {P1: P2, P2: P1}[self.rank] in self.engine.links,
             }
+        if what == "busy":
+            return {"busy": self.engine.busy}
         if what == "open" and role == P0:
             return self.opener.answer_open(fields)
         if what == "key" and role == P1 and self.rank == P2:

@@ -123,14 +123,23 @@ class Wire:
                 raise Closed(_reason(error)) from None
             left = deadline - time.monotonic()
             poll = select.poll()
-            poll.register(self._sock, events)
-            if left <= 0 or not poll.poll(1000 * left):
+            try:
+                poll.register(self._sock, events)
+                ready = left > 0 and poll.poll(1000 * left)
+            except (OSError, ValueError):  # closed in between
+                raise Closed("the connection was closed") from None
+            if not ready:
                 raise Late("the deadline passed")
 
     def stop(self) -> None:
         """Wake everyone who waits on this connection; they find it closed."""
         with suppress(OSError):
             socket.socket.shutdown(self._sock, socket.SHUT_RDWR)  # SSLSocket.shutdown would drop the TLS state
+
+    def finish(self) -> None:
+        """Say that nothing more comes: what was sent still arrives, and the other side closes."""
+        with suppress(OSError):
+            socket.socket.shutdown(self._sock, socket.SHUT_WR)
 
     def close(self) -> None:
         with self._lock:
