@@ -115,7 +115,7 @@ class Place:
                     out[found[1], ROLES[rank], found[2]] += int(value)
         return out
 
-    def wait_serving(self, seconds: float = 30.0) -> None:
+    def wait_serving(self, seconds: float = 60.0) -> None:
         deadline = time.monotonic() + seconds
         state = ""
         while time.monotonic() < deadline:
@@ -198,7 +198,7 @@ class Processes(Place):
     def logs(self, role: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.folder / f"{role}.log").read_text().splitlines()]
 
-    def wait_listening(self, seconds: float = 60.0) -> None:
+    def wait_listening(self, seconds: float = 120.0) -> None:
         deadline = time.monotonic() + seconds
         for rank, role in enumerate(PARTIES):
             while True:

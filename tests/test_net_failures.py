@@ -159,17 +159,17 @@ def kill_and_recover(place: Processes, role: str, where: str, n: int) -> None:
     """One death at one place under load, and the restart."""
     load = Load(place)
     try:
-        load.wait_for_answers(3, 30)
+        load.wait_for_answers(3, 60)
         place.kill(role)
         place.start(role, KILLED_AT.format(n=n, place=where))
         process = place.running[role]
-        deadline = time.monotonic() + 40
+        deadline = time.monotonic() + 120
         while process.poll() is None:
             assert time.monotonic() < deadline, f"{role} never came to '{where}'"
             time.sleep(0.02)
         assert process.returncode == -signal.SIGKILL
         place.start(role)
-        load.wait_for_answers(5, 40)
+        load.wait_for_answers(5, 120)
     finally:
         load.close()
     assert not load.wrong

@@ -161,6 +161,8 @@ class Coordinator:
         ]
 
     def begin(self) -> None:
+        if self.engine.model is not None:
+            self.state = "waiting for P1 and P2"
         for thread in self._threads:
             thread.start()
 
