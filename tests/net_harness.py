@@ -76,6 +76,7 @@ class Place:
         store: StoreSettings | None = None,
         network: str = "virtual",
         metrics: bool = False,
+        plan: str = "",
     ) -> None:
         ports = free_ports(6)
         self.folder = folder
@@ -87,6 +88,7 @@ class Place:
             clients=clients,
             limits=limits,
             network=network,
+            plan=plan,
         )
         if store is not None:
             made = replace(made, store=store)

@@ -191,6 +191,13 @@ def test_the_store_refills_itself_and_survives_restarts(tmp_path: Path) -> None:
                 for seed in range(3):
                     assert close_to(remote.predict(images(1, seed)), images(1, seed))
                 full()
+            for rank in (P0, P1, P2):
+                trio.stop(rank)
+            for rank in (P1, P2, P0):
+                trio.start(rank)
+            trio.wait_serving()
+            assert trio.status(P0)["session"] == session
+            assert close_to(remote.predict(images(1)), images(1))
         trio.assert_nothing_used_twice()
     finally:
         trio.close()
@@ -219,6 +226,22 @@ def test_a_party_that_lost_its_disk_gets_a_new_session(tmp_path: Path) -> None:
         trio.push()
         with trio.connect() as remote:
             assert close_to(remote.predict(images(2)), images(2))
+    finally:
+        trio.close()
+
+
+def test_a_deployment_may_pin_the_plan(tmp_path: Path) -> None:
+    other = compiled(tmp_path)
+    wanted = compiled(tmp_path, reveal="argmax")
+    trio = Trio(tmp_path, plan=wanted.plan.digest)
+    try:
+        other.save(tmp_path / "model")
+        with pytest.raises(RefusedError, match=f"plan digest {other.plan.digest[:16]}..., the deployment has"):
+            trio.push()
+        wanted.save(tmp_path / "model")
+        trio.push()
+        with trio.connect() as remote:
+            assert torch.equal(remote.predict(images(3)), small_model()(images(3)).argmax(1))
     finally:
         trio.close()
 

@@ -22,7 +22,7 @@ from tacit.runtime.net.deployment import Deployment, Identity, check_batch
 from tacit.runtime.net.flow import Flow, FlowChannel, Payload, budget, traffic
 from tacit.runtime.net.frames import PLAN_BYTES, Fields, FrameError, Header, Phase
 from tacit.runtime.net.handshake import Hello, dial
-from tacit.runtime.net.link import Link
+from tacit.runtime.net.link import Caller, Link
 from tacit.runtime.net.pushing import read_plan
 from tacit.runtime.net.seats import Seats
 from tacit.runtime.net.wire import context
@@ -213,9 +213,7 @@ class Client:
 
 def ask(deployment: Deployment, identity: Identity, rank: int, what: str, seconds: float, **fields: Any) -> Fields:
     """One call on a connection of its own: status, dealing ahead."""
-    from tacit.runtime.net.pushing import _Owner
-
-    tls, handler = context(deployment, identity, server=False), _Owner()
+    tls, handler = context(deployment, identity, server=False), Caller()
     wire, peer = dial(deployment, tls, identity.member, rank, Hello("control"))
     link = Link(wire, peer, handler, deployment.limits, NETWORKS[deployment.network], dialled=True)
     link.start()

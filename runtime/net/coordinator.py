@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,120 +16,11 @@ from tacit.runtime.net.frames import Fields
 from tacit.runtime.net.link import Link
 from tacit.runtime.net.lobby import Visit
 from tacit.runtime.net.opening import Opener
+from tacit.runtime.net.stock import MAX_IDS, Stock
+from tacit.runtime.net.turns import Rate, Turns
 
 _TICK = 0.5
-_MAX_IDS = 1 << 32
 _MAX_STOCK = 4096  # their ids fit one control frame
-
-
-class Turns:
-    """Who is next: one queue for each client, served in turn, bounded in all."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._queues: OrderedDict[str, deque[Job]] = OrderedDict()
-        self._count = 0
-
-    def __len__(self) -> int:
-        return self._count
-
-    def push(self, client: str, job: Job) -> None:
-        """Raises RefusedError where the queue is full."""
-        if self._count >= self._limit:
-            raise RefusedError(f"P0 is busy: {self._count} requests are waiting; try again later")
-        self._queues.setdefault(client, deque()).append(job)
-        self._count += 1
-
-    def pop(self) -> Job | None:
-        """The oldest request of the client that has waited longest for a turn."""
-        if not self._queues:
-            return None
-        client, waiting = self._queues.popitem(last=False)
-        job = waiting.popleft()
-        self._count -= 1
-        if waiting:
-            self._queues[client] = waiting
-        return job
-
-    def remove(self, visit: Visit) -> bool:
-        for client, waiting in self._queues.items():
-            for job in waiting:
-                if job.visit is visit:
-                    waiting.remove(job)
-                    self._count -= 1
-                    if not waiting:
-                        del self._queues[client]
-                    return True
-        return False
-
-
-class Rate:
-    """How many requests each client may still send this minute: a bucket that fills evenly."""
-
-    def __init__(self, per_minute: int) -> None:
-        self._per_minute = per_minute
-        self._left: dict[str, tuple[float, float]] = {}
-
-    def spend(self, client: str, name: str) -> None:
-        """Raises RefusedError where nothing is left."""
-        if not self._per_minute:
-            return
-        now = time.monotonic()
-        left, since = self._left.get(client, (float(self._per_minute), now))
-        left = min(self._per_minute, left + (now - since) * self._per_minute / 60)
-        if left < 1:
-            raise RefusedError(f"client {name} has used up its {self._per_minute} requests a minute")
-        self._left[client] = left - 1, now
-
-
-class Stock:
-    """Batches dealt ahead by elements, and the batch ids of a session. The ids come from durable reservations."""
-
-    def __init__(self, engine: Engine, session: Session) -> None:
-        self._engine = engine
-        self._ready: dict[int, deque[int]] = {}
-        self._sizes: dict[int, int] = {}  # bytes on disk at P1, by batch id
-        self._next = self._bound = max(engine.store.reserved(), engine.store.ledger.used(session.nonce).highest + 1)
-        self._lock = threading.Lock()
-
-    def new_id(self) -> int:
-        with self._lock:
-            if self._next + 1 >= _MAX_IDS:
-                raise ProtocolError("this session has used up its batches; the owner has to push again")
-            if self._next >= self._bound:
-                self._bound = self._engine.store.reserve(self._next)
-            self._next += 1
-            return self._next - 1
-
-    def add(self, batch_id: int, batch: int, size: int) -> None:
-        with self._lock:
-            self._ready.setdefault(batch, deque()).append(batch_id)
-            self._sizes[batch_id] = size
-        self._show(batch)
-
-    def take(self, batch: int) -> int | None:
-        with self._lock:
-            ready = self._ready.get(batch)
-            found = ready.popleft() if ready else None
-            if found is not None:
-                self._sizes.pop(found, None)
-        self._show(batch)
-        return found
-
-    def level(self, batch: int) -> int:
-        return len(self._ready.get(batch, ()))
-
-    @property
-    def levels(self) -> dict[int, int]:
-        return {batch: len(ready) for batch, ready in self._ready.items()}
-
-    @property
-    def bytes(self) -> int:
-        with self._lock:
-            return sum(self._sizes.values())
-
-    def _show(self, batch: int) -> None:
-        self._engine.metrics.store.labels(str(batch)).set(self.level(batch))
 
 
 class Coordinator:
@@ -378,9 +269,9 @@ class Coordinator:
         used = self.engine.store.ledger.used(session.nonce)
         ids = [i for i in mine if i not in used]
         answers = [link.call("resume", self._limits.session_seconds, stock=ids) for link in links.values()]
-        kept = set(ids).intersection(*(a.integers("stock", 0, _MAX_IDS) for a in answers))
+        kept = set(ids).intersection(*(a.integers("stock", 0, MAX_IDS) for a in answers))
         sizes = dict(
-            zip(answers[0].integers("stock", 0, _MAX_IDS), answers[0].integers("sizes", 0, 1 << 62), strict=False)
+            zip(answers[0].integers("stock", 0, MAX_IDS), answers[0].integers("sizes", 0, 1 << 62), strict=False)
         )
         for batch_id, (batch, _) in mine.items():
             if batch_id in kept:
@@ -419,7 +310,7 @@ def resume_answer(engine: Engine, fields: Fields) -> dict[str, object]:
     session = engine.session
     if session is None:
         raise ProtocolError(f"{ROLES[engine.rank]} is in no session")
-    asked = fields.integers("stock", 0, _MAX_IDS)
+    asked = fields.integers("stock", 0, MAX_IDS)
     used, mine = engine.store.ledger.used(session.nonce), engine.store.stock()
     kept = [i for i in asked if i not in used and (engine.rank == P2 or i in mine)]
     for batch_id, (batch, _) in mine.items():

@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
@@ -251,6 +251,33 @@ def mistake(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
     return f"internal error ({type(error).__name__}{where})"
+
+
+class Caller:
+    """The handler of a side that only asks: an owner's push, a question for the status."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+
+    def beat(self, links: Mapping[int, Link], seconds: float) -> None:
+        while not self.done.wait(seconds):
+            for link in list(links.values()):
+                link.ping()
+
+    def cast(self, link: Link, request: int, fields: Fields) -> None:
+        raise FrameError("control that nobody has asked for")
+
+    def answer(self, link: Link, fields: Fields) -> dict[str, Any]:
+        raise RefusedError("this side takes no calls")
+
+    def room(self, link: Link, header: Header) -> tuple[Payload, Callable[[Payload], None]]:
+        raise FrameError("data that nobody has asked for")
+
+    def closed(self, link: Link, reason: str) -> None:
+        return None
+
+    def submit(self, work: Callable[[], None]) -> None:
+        work()
 
 
 class _Delay:

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from tacit.ir.cost import OWNER, P0, P1, P2, ROLES
@@ -27,7 +26,7 @@ from tacit.runtime.net.engine import Engine
 from tacit.runtime.net.flow import Flow, FlowChannel, Payload, budget, traffic
 from tacit.runtime.net.frames import PLAN_BYTES, Fields, FrameError, Header, Phase
 from tacit.runtime.net.handshake import Hello, dial
-from tacit.runtime.net.link import Link
+from tacit.runtime.net.link import Caller, Link
 from tacit.runtime.net.seats import share_weights, warm_up
 from tacit.runtime.net.store import Model
 from tacit.runtime.net.wire import context
@@ -55,10 +54,6 @@ class Receiver:
         self._activate = activate
         self._offer: _Offer | None = None
         self._lock = threading.Lock()
-
-    @staticmethod
-    def memory(size: int) -> Payload:
-        return np.empty(size, np.uint8)
 
     def room(self, link: Link, header: Header) -> tuple[Payload, Callable[[Payload], None]]:
         """Weights are announced: exactly those of the plan that was offered."""
@@ -124,7 +119,7 @@ def push(deployment: Deployment, identity: Identity, plan: Plan, weights: Mappin
         raise RefusedError(f"{identity.member.name} may not push a model: it is {ROLES[identity.member.role]}")
     tls, links = context(deployment, identity, server=False), dict[int, Link]()
     seconds, name, seed = deployment.limits.session_seconds, os.urandom(16).hex(), os.urandom(KEY_BYTES)
-    handler = _Owner()
+    handler = Caller()
     try:
         for rank in (P0, P1, P2):
             wire, peer = dial(deployment, tls, identity.member, rank, Hello("control"))
@@ -160,30 +155,3 @@ def push(deployment: Deployment, identity: Identity, plan: Plan, weights: Mappin
             link.close("done")
         for link in links.values():
             link.join(2.0)
-
-
-class _Owner:
-    """The owner's end of its links: it asks, and is asked nothing."""
-
-    def __init__(self) -> None:
-        self.done = threading.Event()
-
-    def beat(self, links: Mapping[int, Link], seconds: float) -> None:
-        while not self.done.wait(seconds):
-            for link in list(links.values()):
-                link.ping()
-
-    def cast(self, link: Link, request: int, fields: Fields) -> None:
-        raise FrameError("control that nobody has asked for")
-
-    def answer(self, link: Link, fields: Fields) -> dict[str, Any]:
-        raise RefusedError("this side takes no calls")
-
-    def room(self, link: Link, header: Header) -> tuple[Payload, Callable[[Payload], None]]:
-        raise FrameError("data that nobody has asked for")
-
-    def closed(self, link: Link, reason: str) -> None:
-        return None
-
-    def submit(self, work: Callable[[], None]) -> None:
-        work()

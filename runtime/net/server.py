@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tacit.ir.cost import CLIENT, OWNER, P0, P1, P2, ROLES
@@ -310,7 +311,7 @@ class PartyServer:
             return payload, lambda content: flow.put(link.role, header.phase, header.depth, content)
         if purpose == "client":
             visit = self.lobby.expect(link, header.request, size)
-            return self.receiver.memory(size), lambda content: self.lobby.bring(visit, content) if visit else None
+            return np.empty(size, np.uint8), lambda content: self.lobby.bring(visit, content) if visit else None
         return self.receiver.room(link, header)
 
     # --- frames: control ---
