@@ -185,27 +185,26 @@ def test_death_around_the_ledger(processes: Processes, role: str, where: str) ->
 
 
 @pytest.mark.slow
-def test_sixty_deaths(processes: Processes) -> None:
-    """Every place at every party, the rest at random moments; clients and owners die too."""
+@pytest.mark.parametrize("where", PLACES)
+def test_death_at_every_place_at_every_party(processes: Processes, where: str) -> None:
+    for rank in PLACES[where]:
+        kill_and_recover(processes, ROLES[rank], where, 1 if where == "reserving ids" else 4)
+
+
+@pytest.mark.slow
+def test_sixty_random_deaths(processes: Processes) -> None:
+    """Parties, clients and owners at random moments under load."""
     generator = random.Random(3)
-    kills = 0
-    for where, ranks in PLACES.items():
-        for rank in ranks:
-            n = 1 if where == "reserving ids" else 4
-            kill_and_recover(processes, ROLES[rank], where, n)
-            kills += 2  # one at whatever it was doing, one at the place
     load = Load(processes)
     try:
-        while kills < 60:
-            who = generator.choice(["P0", "P1", "P2", "client", "owner"])
+        for who in generator.sample(["P0", "P1", "P2", "client", "owner"] * 12, 60):
             time.sleep(generator.random())
             if who in ROLES[:3]:
                 processes.kill(who)
                 processes.start(who)
             else:
                 _kill_command(processes, who, generator)
-            kills += 1
-            load.wait_for_answers(3, 60)
+            load.wait_for_answers(3, 120)
     finally:
         load.close()
     assert not load.wrong
