@@ -12,6 +12,7 @@ FOLDERS = {
     "ir/ops": "ir/ops",
     "passes": "passes",
     "runtime": "runtime",
+    "runtime/net": "runtime/net",
 }
 REMEDY = "run `make test`, which reinstalls the project, or `pip install -e .`"
 

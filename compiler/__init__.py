@@ -5,30 +5,40 @@ from tacit.driver import compile
 from tacit.ir import ops as _ops
 from tacit.ir.errors import (
     CompileError,
+    DeploymentError,
     DivergenceError,
     InputError,
+    PartyError,
     PlanError,
     ProtocolError,
     RangeError,
+    RefusedError,
     TacitError,
     WeightsError,
 )
 from tacit.ir.plan import Plan
+from tacit.remote import Remote, connect, push
 from tacit.secure import Secure, load
 
 __all__ = [
     "CompileError",
+    "DeploymentError",
     "DivergenceError",
     "InputError",
+    "PartyError",
     "Plan",
     "PlanError",
     "ProtocolError",
     "RangeError",
+    "RefusedError",
+    "Remote",
     "Secure",
     "TacitError",
     "WeightsError",
     "compile",
+    "connect",
     "diff",
     "load",
+    "push",
 ]
 del _ops

@@ -8,8 +8,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
@@ -24,11 +23,13 @@ from rich.theme import Theme
 from torch.export import ExportedProgram
 from typer.core import TyperGroup
 
+from tacit.cli_net import bench_processes, register
+from tacit.cli_shared import AsJson, Failure, clear_errors, read_array
 from tacit.diff import TOLERANCE, ranges_text
 from tacit.diff import diff as compare_layers
 from tacit.diff import text as diff_text
 from tacit.driver import compile as compile_model
-from tacit.ir.errors import PlanError, TacitError
+from tacit.ir.errors import PlanError
 from tacit.ir.ops.roles import Input
 from tacit.ir.plan import NodeCost, Plan, PlanCost
 from tacit.peers import INTERPRETERS
@@ -44,34 +45,15 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 PlanPath = Annotated[Path, typer.Argument(metavar="PLAN", help="The folder of a compiled model, or its plan.txt.")]
+
+
+register(app)
 
 
 def main() -> None:
     """The console script `tacit`."""
     app()
-
-
-class _Failure(Exception):
-    """What a command says before it exits with code 1."""
-
-
-@contextmanager
-def _clear_errors() -> Iterator[None]:
-    """One message on stderr and exit code 1 for everything a user can run into."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except (TacitError, _Failure) as error:
-        message = str(error)
-    except OSError as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    else:
-        return
-    typer.echo(f"tacit: {message}", err=True)
-    raise typer.Exit(1)
 
 
 # --- compile ---
@@ -107,9 +89,9 @@ def compile_command(
 ) -> None:
     """Compile MODEL; write the public plan and the owner's weights."""
     shapes = [_shape(text) for text in example or []]
-    with _clear_errors():
+    with clear_errors():
         loaded = _load_model(model)
-        measured = tuple(_read_array(path) for path in calibration or [])
+        measured = tuple(read_array(path) for path in calibration or [])
         examples = measured or _examples(loaded, shapes, input_range)
         _require_same_shapes(examples, shapes)
         secure = compile_model(
@@ -141,15 +123,15 @@ def _load_model(target: str) -> Model:
         return _load_program(Path(target))
     place, colon, attribute = target.rpartition(":")
     if not colon or not attribute.isidentifier():
-        raise _Failure(f"'{target}' is neither a .pt2 file nor module:attribute nor path/to/file.py:attribute")
+        raise Failure(f"'{target}' is neither a .pt2 file nor module:attribute nor path/to/file.py:attribute")
     module = _guarded(f"importing {place}", lambda: _import(place))
     if not hasattr(module, attribute):
-        raise _Failure(f"{place} has no attribute '{attribute}'")
+        raise Failure(f"{place} has no attribute '{attribute}'")
     found = getattr(module, attribute)
     if not isinstance(found, torch.nn.Module) and callable(found):
         found = _guarded(f"calling {target}", found)
     if not isinstance(found, (torch.nn.Module, ExportedProgram)):
-        raise _Failure(f"{target} is a {type(found).__name__}, not a torch.nn.Module or a function that returns one")
+        raise Failure(f"{target} is a {type(found).__name__}, not a torch.nn.Module or a function that returns one")
     return found
 
 
@@ -166,7 +148,7 @@ def _guarded(what: str, action: Callable[[], Any]) -> Any:
         return action()
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
-        raise _Failure(f"{what} failed: {type(error).__name__}: {first}") from None
+        raise Failure(f"{what} failed: {type(error).__name__}: {first}") from None
 
 
 def _import(place: str) -> ModuleType:
@@ -193,7 +175,7 @@ def _examples(model: Model, shapes: Sequence[tuple[int, ...]], span: tuple[float
     if not shapes and carried is not None:
         return tuple(carried[0])
     if not shapes:
-        raise _Failure("give the shape of an input (--example 1x1x28x28), or calibration data")
+        raise Failure("give the shape of an input (--example 1x1x28x28), or calibration data")
     low, high = span if span is not None and span[0] < span[1] else (-1.0, 1.0)
     values = model.state_dict().values()
     dtype = torch.float64 if any(v.dtype == torch.float64 for v in values) else torch.float32
@@ -206,7 +188,7 @@ def _examples(model: Model, shapes: Sequence[tuple[int, ...]], span: tuple[float
 def _require_same_shapes(examples: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> None:
     """Calibration data have to agree with --example, the batch aside."""
     if shapes and [tuple(x.shape[1:]) for x in examples] != [shape[1:] for shape in shapes]:
-        raise _Failure("--example and the calibration data differ in shape")
+        raise Failure("--example and the calibration data differ in shape")
 
 
 def _print_summary(secure: Secure, folder: Path, as_json: bool) -> None:
@@ -288,7 +270,7 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Print a plan, after checking every line of it."""
-    with _clear_errors():
+    with clear_errors():
         found = _read_plan(plan)
     if ranges:
         typer.echo(ranges_text(found))
@@ -348,7 +330,7 @@ def cost(
     as_json: AsJson = False,
 ) -> None:
     """Rounds and bytes of a plan, per op and per party, as they will be counted on the wire."""
-    with _clear_errors():
+    with clear_errors():
         found = _read_plan(plan)
     total = found.cost(batch=batch)
     if as_json:
@@ -454,27 +436,14 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Encrypted inference among three virtual parties in this process."""
-    with _clear_errors():
+    with clear_errors():
         secure = load(folder)
-        arrays = [_read_array(path) for path in [*inputs, *([targets] if targets else [])]]
+        arrays = [read_array(path) for path in [*inputs, *([targets] if targets else [])]]
         answer = (secure.check(*arrays) if check else secure(*arrays)).numpy()
         if output is not None:
             with output.open("wb") as out:
                 np.save(out, answer, allow_pickle=False)
     _print_run(secure, answer, output, check, as_json)
-
-
-def _read_array(path: Path) -> Tensor:
-    """A plain .npy array as a tensor; nothing in the file is ever executed."""
-    try:
-        with path.open("rb") as file:
-            array = np.load(file, allow_pickle=False)
-        if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
-            raise ValueError
-    except (ValueError, EOFError, MemoryError):
-        raise _Failure(f"{path} is not a .npy file with an array of numbers") from None
-    native = array.astype(np.int64) if array.dtype.kind in "iu" else array.astype(array.dtype.newbyteorder("="))
-    return torch.from_numpy(np.ascontiguousarray(native).reshape(array.shape))
 
 
 def _print_run(secure: Secure, answer: np.ndarray[Any, Any], output: Path | None, checked: bool, as_json: bool) -> None:
@@ -519,8 +488,8 @@ def diff_command(
     as_json: AsJson = False,
 ) -> None:
     """Float against fixed point, layer by layer: errors, ranges, headroom; the first layer over the tolerance."""
-    with _clear_errors():
-        arrays = [_read_array(path) for path in inputs]
+    with clear_errors():
+        arrays = [read_array(path) for path in inputs]
         found = compare_layers(
             _load_model(model),
             *arrays,
@@ -545,7 +514,7 @@ def zoo_command(
     """Compile torchvision's classification models at full image size; print what each takes and costs."""
     from tacit import zoo
 
-    with _clear_errors():
+    with clear_errors():
         if not as_json:
             typer.echo(zoo.table([]))
         for name in models or zoo.names():
@@ -587,12 +556,18 @@ def bench_command(
     per_op: Annotated[
         bool, typer.Option("--per-op", help="Also the seconds of work by line, phase and party.")
     ] = False,
+    processes: Annotated[
+        bool, typer.Option("--processes", help="Three party processes over TLS, beside virtual parties.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Time and bytes of one network with random weights, beside plaintext PyTorch in the same run."""
     from tacit.bench import bench, text
 
-    with _clear_errors():
+    if processes:
+        bench_processes(model, batch, network, runs, as_json)
+        return
+    with clear_errors():
         found = bench(model, batch=batch, network=network, protocol=protocol, reveal=reveal, runs=runs, per_op=per_op)
     typer.echo(json.dumps(dataclasses.asdict(found)) if as_json else text(found))
 
@@ -622,7 +597,7 @@ def bench_peers_command(
         typer.echo(f"{row.model}, batch {row.batch}, {row.system}: {told}", err=True)
 
     batches = [_count(size) for text in batch or [] for size in text.split(",")]
-    with _clear_errors():
+    with clear_errors():
         rows = compare(
             [name.strip() for name in models.split(",")],
             batches=batches,

@@ -74,10 +74,7 @@ class Secure:
 
     def _run(self, inputs: tuple[Any, ...], *, trace: bool) -> tuple[Tensor, Trace | None]:
         checked = self._checked(inputs)
-        encoded = {
-            node.op.label: ring.encode(checked[node.op.label], node.type.frac)  # type: ignore[attr-defined]
-            for node in self.inputs
-        }
+        encoded = encode_inputs(self.plan, checked)
         session = self.session()
         try:
             dealt = session.deal(len(next(iter(encoded.values()))))
@@ -94,39 +91,16 @@ class Secure:
             self._session = Session(self.plan, self._weights, link=link)
         return self._session
 
-    @property
-    def inputs(self) -> list[Node]:
-        return self.plan.find(Input)
-
     def _checked(self, arguments: tuple[Any, ...]) -> dict[str, Tensor]:
-        """The inputs by label, each found fit; raises InputError."""
-        inputs = leaves(arguments)
-        odd = {type(x).__name__ for x in inputs if not isinstance(x, torch.Tensor)}
-        if odd:
-            raise InputError(f"an input has to be a tensor, or a structure of tensors, not {', '.join(sorted(odd))}")
-        if len(inputs) != len(self.inputs):
-            names = ", ".join(n.name for n in self.inputs)
-            raise InputError(f"expected {len(self.inputs)} inputs ({names}), found {len(inputs)}")
-        out = {}
-        for node, value in zip(self.inputs, inputs, strict=True):
-            assert isinstance(node.op, Input)
-            out[node.op.label] = check_input(node, value)
-        if len({len(value) for value in out.values()}) != 1:
-            raise InputError("the inputs differ in batch size")
-        return out
+        return check_inputs(self.plan, arguments)
 
     def _decoded(self, answer: Tensor) -> Any:
-        """What the model returns, from ring integers: a tensor, or the structure it has tensors in."""
-        result = self.plan.node(self.plan.result).type
-        packs = self.plan.find(Pack)
-        if packs:
-            assert isinstance(packs[-1].op, Pack)
-            return packs[-1].op.split(ring.decode(answer, result.frac).to(self._dtype))
-        if self.plan.reveal == "correct":
-            return answer[0]
-        if self.plan.reveal == "argmax" or result.frac == 0:
-            return answer
-        return ring.decode(answer, result.frac).to(self._dtype)
+        return decode_answer(self.plan, answer, self._dtype)
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """The owner's weights as ring integers, by label: the secret of this object."""
+        return self._weights
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write plan.txt, which is public, and weights.safetensors, the owner's alone (mode 0600)."""
@@ -170,6 +144,46 @@ def load(folder: str | os.PathLike[str]) -> Secure:
     if dtype is None:
         raise WeightsError(f"{path.name} names no type for the answer: {' or '.join(_DTYPES)}")
     return Secure(plan, weights, dtype)
+
+
+def check_inputs(plan: Plan, arguments: tuple[Any, ...]) -> dict[str, Tensor]:
+    """The inputs by label, out of the model's own arguments, each found fit for the plan; raises InputError."""
+    inputs, nodes = leaves(arguments), plan.find(Input)
+    odd = {type(x).__name__ for x in inputs if not isinstance(x, torch.Tensor)}
+    if odd:
+        raise InputError(f"an input has to be a tensor, or a structure of tensors, not {', '.join(sorted(odd))}")
+    if len(inputs) != len(nodes):
+        names = ", ".join(n.name for n in nodes)
+        raise InputError(f"expected {len(nodes)} inputs ({names}), found {len(inputs)}")
+    out = {}
+    for node, value in zip(nodes, inputs, strict=True):
+        assert isinstance(node.op, Input)
+        out[node.op.label] = check_input(node, value)
+    if len({len(value) for value in out.values()}) != 1:
+        raise InputError("the inputs differ in batch size")
+    return out
+
+
+def encode_inputs(plan: Plan, checked: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs by label as ring integers."""
+    return {
+        node.op.label: ring.encode(checked[node.op.label], node.type.frac)  # type: ignore[attr-defined]
+        for node in plan.find(Input)
+    }
+
+
+def decode_answer(plan: Plan, answer: Tensor, dtype: torch.dtype) -> Any:
+    """What the model would have returned, from ring integers: a tensor, or the structure it has tensors in."""
+    result = plan.node(plan.result).type
+    packs = plan.find(Pack)
+    if packs:
+        assert isinstance(packs[-1].op, Pack)
+        return packs[-1].op.split(ring.decode(answer, result.frac).to(dtype))
+    if plan.reveal == "correct":
+        return answer[0]
+    if plan.reveal == "argmax" or result.frac == 0:
+        return answer
+    return ring.decode(answer, result.frac).to(dtype)
 
 
 def check_input(node: Node, value: Tensor) -> Tensor:

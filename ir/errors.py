@@ -31,6 +31,18 @@ class ProtocolError(TacitError):
     """A party failed, disappeared, or sent something that the plan does not provide for."""
 
 
+class PartyError(ProtocolError):
+    """A networked party did not answer, disconnected or broke the protocol; the message names the party."""
+
+
+class RefusedError(TacitError):
+    """A networked party refused what was asked of it; the message is the reason it gave."""
+
+
+class DeploymentError(TacitError):
+    """A deployment file, a certificate or a key is missing, malformed or does not fit."""
+
+
 class DivergenceError(TacitError):
     """The secure run and the clear oracle disagree; the message names the first node."""
 

@@ -1,0 +1,319 @@
+"""P0's part beside computing: whose turn it is, which batch of the store a request gets, and whether all are ready."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from tacit.ir.cost import P1, P2, ROLES
+from tacit.ir.errors import PartyError, ProtocolError, RefusedError, TacitError
+from tacit.runtime.net.deployment import Limits, StoreSettings
+from tacit.runtime.net.engine import AHEAD, Engine, Job, Session
+from tacit.runtime.net.frames import Fields
+from tacit.runtime.net.link import Link
+from tacit.runtime.net.lobby import Visit
+from tacit.runtime.net.opening import Opener
+from tacit.runtime.net.stock import MAX_IDS, Stock
+from tacit.runtime.net.turns import Rate, Turns
+
+_TICK = 0.5
+_MAX_STOCK = 4096  # their ids fit one control frame
+
+
+class Coordinator:
+    """Admits requests, starts them, keeps the store filled, and keeps the three parties in one session."""
+
+    def __init__(self, engine: Engine, limits: Limits, settings: StoreSettings, leave: Callable[[Visit], None]) -> None:
+        self.engine = engine
+        self.stock: Stock | None = None
+        self.opener = Opener(engine, limits.session_seconds)
+        self.state = "waiting for a model"
+        self._limits = limits
+        self._settings = settings
+        self._leave = leave
+        self._turns = Turns(limits.queue)
+        self._rate = Rate(limits.requests_per_minute)
+        self._recent: OrderedDict[int, None] = OrderedDict.fromkeys(settings.batches)
+        self._running = 0
+        self._draining = False
+        self._lock = threading.RLock()
+        self._dealing = threading.Lock()
+        self._renewing = threading.Lock()
+        self._wake = threading.Event()
+        self._wake_refill = threading.Event()
+        self._stop = threading.Event()
+        self._pool = ThreadPoolExecutor(limits.in_flight, thread_name_prefix="request")
+        self._threads = [
+            threading.Thread(target=target, name=name, daemon=True)
+            for name, target in (("keeper", self._keep), ("refill", self._refill))
+        ]
+
+    def begin(self) -> None:
+        if self.engine.model is not None:
+            self.state = "waiting for P1 and P2"
+        for thread in self._threads:
+            thread.start()
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    @property
+    def ready(self) -> bool:
+        return self.stock is not None
+
+    # --- requests ---
+
+    def admit(self, visit: Visit, batch: int, seed: bytes, seconds: float) -> None:
+        """A client asks; raises RefusedError where it has to wait elsewhere."""
+        assert visit.link is not None
+        with self._lock:
+            if self._draining:
+                raise RefusedError("P0 is shutting down")
+            if not self.ready:
+                raise RefusedError(f"P0 cannot serve now: {self.state}")
+            self._rate.spend(visit.client, visit.link.peer.name)
+            job = Job(0, 0, batch, False, time.monotonic() + seconds, seconds, visit, seed)
+            self._turns.push(visit.client, job)
+            self._recent[batch] = None
+            self._recent.move_to_end(batch)
+            while len(self._recent) > self._settings.sizes:
+                self._recent.popitem(last=False)
+        self._next()
+
+    def cancel(self, visit: Visit) -> None:
+        with self._lock:
+            if self._turns.remove(visit):
+                self._leave(visit)
+                return
+        if visit.request is not None:
+            self.engine.abort(visit.request, "the client cancelled")
+
+    def _next(self) -> None:
+        """Start what may start."""
+        while True:
+            with self._lock:
+                self.engine.metrics.waiting.set(len(self._turns))
+                if self._running >= self._limits.in_flight or (job := self._turns.pop()) is None:
+                    return
+                self._running += 1
+            self._pool.submit(self._work, job)
+
+    def _work(self, job: Job) -> None:
+        visit = job.visit
+        assert visit is not None
+        try:
+            self._start(job, visit)
+        except TacitError as error:
+            visit.tell(str(error), refused=isinstance(error, RefusedError))
+        finally:
+            self._leave(visit)
+            with self._lock:
+                self._running -= 1
+            self._next()
+            self._wake_refill.set()
+
+    def _start(self, job: Job, visit: Visit) -> None:
+        session, stock = self.engine.session, self.stock
+        left = job.deadline - time.monotonic()
+        if session is None or stock is None:
+            raise RefusedError(f"P0 cannot serve now: {self.state}")
+        if left <= 0:
+            raise RefusedError(f"P0 had no time for the request within {job.seconds:g} s")
+        if visit.link is None or not visit.link.open:
+            return
+        found = stock.take(job.batch)
+        job.stored, job.batch_id = found is not None, found if found is not None else stock.new_id()
+        job.request, job.seconds = session.tag | job.batch_id, left
+        flow = self.engine.start(job)
+        visit.flow, visit.request = flow, job.request
+        try:
+            for rank in (P1, P2):
+                link = self.engine.links.get(rank)
+                if link is None:
+                    raise PartyError(f"{ROLES[rank]} is not connected")
+                link.cast(
+                    "start",
+                    job.request,
+                    batch=job.batch,
+                    stored=job.stored,
+                    seconds=left,
+                    # P2 has nothing to do with the client, and is not told who it is.
+                    client=visit.client if rank == P1 else "",
+                    number=visit.number if rank == P1 else 0,
+                )
+        except PartyError as error:
+            flow.fail(error)
+        self.engine.run(job, flow)
+
+    # --- the store ---
+
+    def deal(self, count: int, batch: int) -> int:
+        """Deal batches ahead; returns how many of that size are in the store then."""
+        for _ in range(count):
+            self._deal_one(batch)
+        return self.stock.level(batch) if self.stock else 0
+
+    def _deal_one(self, batch: int) -> None:
+        with self._dealing:
+            session, stock = self.engine.session, self.stock
+            if session is None or stock is None:
+                raise RefusedError(f"P0 cannot deal now: {self.state}")
+            if stock.bytes >= self._settings.capacity_bytes or sum(stock.levels.values()) >= _MAX_STOCK:
+                raise RefusedError("the store is full")
+            batch_id, seconds = stock.new_id(), self._limits.request_seconds
+            request = session.tag | AHEAD | batch_id
+            self.engine.flow(request, batch, seconds)
+            links = {rank: self.engine.links.get(rank) for rank in (P1, P2)}
+            with ThreadPoolExecutor(2) as pool:
+                asked = {}
+                for rank, link in links.items():
+                    if link is None:
+                        raise PartyError(f"{ROLES[rank]} is not connected")
+                    asked[rank] = pool.submit(link.call, "deal", seconds, request=request, batch=batch, seconds=seconds)
+                self.engine.deal_ahead(request, batch, seconds)
+                size = asked[P1].result().integer("bytes", 0, 1 << 62)
+                asked[P2].result()
+            if self.stock is stock:
+                stock.add(batch_id, batch, size)
+                self.engine.metrics.dealt.inc()
+
+    def _refill(self) -> None:
+        """In the background: fill the store of the sizes asked for lately once it is below the low-water mark."""
+        while not self._stop.is_set():
+            self._wake_refill.wait(_TICK)
+            self._wake_refill.clear()
+            stock = self.stock
+            if stock is None:
+                continue
+            for batch in list(self._recent):
+                if stock.level(batch) >= self._settings.low_water:
+                    continue
+                try:
+                    while stock.level(batch) < self._settings.target and not self._busy():
+                        self._deal_one(batch)
+                except TacitError:
+                    break  # the next request says what is wrong
+
+    def _busy(self) -> bool:
+        return self._stop.is_set() or len(self._turns) > 0
+
+    # --- readiness ---
+
+    def renew(self) -> None:
+        """Open a session for the model that was just pushed; raises PartyError or RefusedError.
+
+        Parties that are about to connect are waited for, as long as a handshake may take.
+        """
+        deadline = time.monotonic() + self._limits.handshake_seconds
+        with self._renewing:
+            self.lose("a new model was pushed")
+            while True:
+                try:
+                    return self._join(fresh=True)
+                except PartyError:
+                    if time.monotonic() > deadline:
+                        raise
+                time.sleep(_TICK / 5)
+
+    def lose(self, reason: str) -> None:
+        """Something that all requests need is gone."""
+        with self._lock:
+            self.stock, self.state = None, reason
+        self.engine.metrics.ready.set(0)
+
+    def _keep(self) -> None:
+        """Whenever all links are there and no session is under way: resume the one on disk, or open one."""
+        while not self._stop.is_set():
+            self._wake.wait(_TICK)
+            self._wake.clear()
+            if self.ready or self.engine.model is None or not {P1, P2} <= self.engine.links.keys():
+                continue
+            with self._renewing:
+                try:
+                    if not self.ready:
+                        self._join(fresh=False)
+                except TacitError as error:
+                    if self.state != str(error):
+                        self.engine.log("not ready", reason=str(error))
+                    self.state = str(error)
+
+    def _join(self, *, fresh: bool) -> None:
+        model = self.engine.model
+        assert model is not None
+        found = {}
+        for rank in (P1, P2):
+            link = self.engine.links.get(rank)
+            if link is None:
+                raise PartyError(f"{ROLES[rank]} is not connected")
+            answer = link.call("query", self._limits.handshake_seconds)
+            if answer.flag("draining"):
+                raise PartyError(f"{ROLES[rank]} is shutting down")
+            if not answer.flag("linked"):
+                raise PartyError("P1 and P2 are not connected with one another")
+            if answer.text("push", 64) != model.push:
+                raise RefusedError(f"{ROLES[rank]} holds another model; the owner has to push it again")
+            found[rank] = link, answer.text("session", 64)
+        session = self.engine.session
+        if not fresh and session is not None and all(nonce == session.nonce for _, nonce in found.values()):
+            self._resume(session, {rank: link for rank, (link, _) in found.items()})
+            return
+        session = self.opener.lead()
+        self._serve(Stock(self.engine, session))
+
+    def _resume(self, session: Session, links: dict[int, Link]) -> None:
+        """Go on with a session that all three have on disk: its keys, its masks, and the store that P0 and P1 share."""
+        stock, mine = Stock(self.engine, session), self.engine.store.stock()
+        used = self.engine.store.ledger.used(session.nonce)
+        ids = [i for i in mine if i not in used]
+        answers = [link.call("resume", self._limits.session_seconds, stock=ids) for link in links.values()]
+        kept = set(ids).intersection(*(a.integers("stock", 0, MAX_IDS) for a in answers))
+        sizes = dict(
+            zip(answers[0].integers("stock", 0, MAX_IDS), answers[0].integers("sizes", 0, 1 << 62), strict=False)
+        )
+        for batch_id, (batch, _) in mine.items():
+            if batch_id in kept:
+                stock.add(batch_id, batch, sizes.get(batch_id, 0))
+            else:
+                self.engine.store.drop_material(batch_id, batch)
+        self.engine.metrics.sessions.labels("resumed").inc()
+        self.engine.log("session resumed", session=session.nonce[:8], store=len(kept))
+        self._serve(stock)
+
+    def _serve(self, stock: Stock) -> None:
+        with self._lock:
+            self.stock, self.state = stock, "serving"
+        self.engine.metrics.ready.set(1)
+        self._wake_refill.set()
+
+    # --- the end ---
+
+    def drain(self, seconds: float) -> None:
+        """Take nothing new, finish what waits and runs."""
+        with self._lock:
+            self._draining = True
+        deadline = time.monotonic() + seconds
+        while (self._running or len(self._turns)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    def close(self) -> None:
+        self._stop.set()
+        self._wake.set()
+        self._wake_refill.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def resume_answer(engine: Engine, fields: Fields) -> dict[str, object]:
+    """P1 and P2: which of P0's batches they can serve; P1 lets go of all others."""
+    session = engine.session
+    if session is None:
+        raise ProtocolError(f"{ROLES[engine.rank]} is in no session")
+    asked = fields.integers("stock", 0, MAX_IDS)
+    used, mine = engine.store.ledger.used(session.nonce), engine.store.stock()
+    kept = [i for i in asked if i not in used and (engine.rank == P2 or i in mine)]
+    for batch_id, (batch, _) in mine.items():
+        if batch_id not in set(kept):
+            engine.store.drop_material(batch_id, batch)
+    return {"stock": kept, "sizes": [mine[i][1] if i in mine else 0 for i in kept]}

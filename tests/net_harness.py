@@ -1,0 +1,221 @@
+"""Networked parties for the suites: in this process where that is enough, as processes where they have to die."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import tacit
+from tacit.ir.cost import P0, P1, P2, ROLES
+from tacit.ir.errors import TacitError
+from tacit.runtime.net.certificates import init_deployment
+from tacit.runtime.net.client import ask
+from tacit.runtime.net.deployment import Deployment, Limits, StoreSettings, load_deployment, load_identity
+from tacit.runtime.net.server import PartyServer
+
+PARTIES = ("P0", "P1", "P2")
+PROGRAM = "import sys; from tacit.cli import main; sys.argv[0] = 'tacit'; main()"
+
+
+def free_ports(count: int) -> list[int]:
+    held = [socket.socket() for _ in range(count)]
+    try:
+        for sock in held:
+            sock.bind(("127.0.0.1", 0))
+        return [sock.getsockname()[1] for sock in held]
+    finally:
+        for sock in held:
+            sock.close()
+
+
+@cache
+def small_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(9, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+
+
+def images(batch: int, seed: int = 1) -> torch.Tensor:
+    return torch.rand((batch, 1, 3, 3), generator=torch.Generator().manual_seed(seed))
+
+
+def compiled(folder: Path, *, reveal: str = "logits", protocol: str = "fused") -> tacit.Secure:
+    """The small model, saved in folder/model."""
+    secure = tacit.compile(small_model(), images(4), input_range=(0, 1), reveal=reveal, protocol=protocol)
+    secure.save(folder / "model")
+    return secure
+
+
+def close_to(answer: torch.Tensor, x: torch.Tensor) -> bool:
+    with torch.no_grad():
+        return answer.shape == (len(x), 3) and bool((answer - small_model()(x)).abs().max() < 2**-8)
+
+
+class Place:
+    """A deployment on loopback, in a folder."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        clients: int = 2,
+        limits: Limits | None = None,
+        store: StoreSettings | None = None,
+        network: str = "virtual",
+        metrics: bool = False,
+        plan: str = "",
+    ) -> None:
+        ports = free_ports(6)
+        self.folder = folder
+        self.file = folder / "deployment.toml"
+        made = init_deployment(
+            folder,
+            [("127.0.0.1", port) for port in ports[:3]],
+            metrics=[("127.0.0.1", port) if metrics else None for port in ports[3:]],
+            clients=clients,
+            limits=limits,
+            network=network,
+            plan=plan,
+        )
+        if store is not None:
+            made = replace(made, store=store)
+            self.file.write_text(made.text())
+        self.deployment: Deployment = load_deployment(self.file)
+
+    def connect(self, name: str = "client", **options: Any) -> tacit.Remote:
+        return tacit.connect(self.file, self.folder / name, **options)
+
+    def push(self) -> int:
+        return tacit.push(self.file, self.folder / "owner", self.folder / "model")
+
+    def ask(self, who: str, rank: int, what: str, **fields: Any) -> dict[str, Any]:
+        identity = load_identity(self.deployment, self.folder / who)
+        return ask(self.deployment, identity, rank, what, 60.0, **fields).body
+
+    def status(self, rank: int) -> dict[str, Any]:
+        return self.ask("owner", rank, "status")
+
+    def sent(self) -> Counter[tuple[str, str, str]]:
+        """Payload bytes by (phase, sender, receiver), from the metrics of the three parties."""
+        out: Counter[tuple[str, str, str]] = Counter()
+        for rank in (P0, P1, P2):
+            for key, value in self.status(rank)["figures"].items():
+                if found := re.fullmatch(r"tacit_payload_bytes_total\{phase=(\w+),target=(\w+)\}", key):
+                    out[found[1], ROLES[rank], found[2]] += int(value)
+        return out
+
+    def wait_serving(self, seconds: float = 60.0) -> None:
+        deadline = time.monotonic() + seconds
+        state = ""
+        while time.monotonic() < deadline:
+            try:
+                if (state := self.ask("owner", P0, "status")["state"]) == "serving":
+                    return
+            except TacitError as error:
+                state = str(error)
+            time.sleep(0.05)
+        raise AssertionError(f"P0 does not serve within {seconds} s: {state}")
+
+    def ledger(self, role: str) -> list[tuple[str, int]]:
+        """(session nonce, batch id) of every line."""
+        lines = (self.folder / role / "state" / "ledger").read_text().splitlines()
+        return [(line.split()[0], int(line.split()[1])) for line in lines]
+
+    def assert_nothing_used_twice(self) -> None:
+        for role in PARTIES:
+            found = self.ledger(role)
+            assert len(found) == len(set(found)), f"{role} used a batch twice"
+
+
+class Trio(Place):
+    """The three parties in this process: real sockets and TLS, one interpreter."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        super().__init__(folder, **options)
+        self.servers: dict[int, PartyServer] = {}
+        for rank in (P0, P1, P2):
+            self.start(rank)
+
+    def start(self, rank: int) -> PartyServer:
+        identity = load_identity(self.deployment, self.folder / ROLES[rank])
+        server = self.servers[rank] = PartyServer(self.deployment, identity)
+        server.start()
+        return server
+
+    def stop(self, rank: int) -> None:
+        self.servers.pop(rank).stop()
+
+    def close(self) -> None:
+        for rank in list(self.servers):
+            self.stop(rank)
+
+
+class Processes(Place):
+    """The three parties as processes of the command line; `wrapper` is Python to run before it."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        super().__init__(folder, **options)
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        for role in PARTIES:
+            self.start(role)
+
+    def start(self, role: str, wrapper: str = "") -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        with (self.folder / f"{role}.log").open("ab") as log:
+            self.running[role] = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-c",
+                    wrapper + "\n" + PROGRAM,
+                    "party",
+                    role,
+                    "--deployment",
+                    str(self.file),
+                    "--identity",
+                    str(self.folder / role),
+                ],
+                env=environment,
+                stderr=log,
+                stdout=log,
+            )
+
+    def kill(self, role: str) -> None:
+        process = self.running.pop(role)
+        process.send_signal(signal.SIGKILL)
+        process.wait(10)
+
+    def logs(self, role: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / f"{role}.log").read_text().splitlines()]
+
+    def wait_listening(self, seconds: float = 120.0) -> None:
+        deadline = time.monotonic() + seconds
+        for rank, role in enumerate(PARTIES):
+            while True:
+                assert self.running[role].poll() is None, (self.folder / f"{role}.log").read_text()
+                assert time.monotonic() < deadline, f"{role} does not listen within {seconds} s"
+                try:
+                    if len(self.status(rank)["connected"]) == 2:
+                        break
+                except TacitError:
+                    pass
+                time.sleep(0.1)
+
+    def close(self) -> None:
+        for process in self.running.values():
+            process.send_signal(signal.SIGCONT)
+            process.kill()
+        for process in self.running.values():
+            process.wait(10)
