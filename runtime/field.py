@@ -106,7 +106,8 @@ def pack(values: torch.Tensor, p: int) -> torch.Tensor:
     """(positions, n) elements of Z_p as they cross the wire."""
     if p >= 32:
         return values
-    shape, dtype = packed_shape(*values.shape, p)
+    positions, n = values.shape
+    shape, dtype = packed_shape(positions, n, p)
     out = torch.empty(shape, dtype=dtype)
     if p < 16:
         _pack(values.numpy(), 2, 4, out.numpy())

@@ -159,10 +159,10 @@ class Party:
         shape, element = (digits.positions, n), prime_field(digits.p)
         for kind in ("s", "z"):
             self._note(kind, shape, element, COMMON)
-        drawn = () if self.rank == P2 else self._common_stream().blinding(digits.p, shape)
+        drawn = None if self.rank == P2 else self._common_stream().blinding(digits.p, shape)
         beta = self.common("beta", (n,), BIT, lambda stream: stream.bits((n,)))
         shift = self.common("shift", (n,), BYTE, lambda stream: stream.below(digits.positions, (n,)))
-        if beta is None or shift is None:
+        if drawn is None or beta is None or shift is None:
             return {}
         return {"s": drawn[0], "z": drawn[1], "beta": beta, "shift": shift}
 

@@ -22,7 +22,7 @@ _COLUMNS = _VECTORS * _LANES
 _PACK_FROM_ROWS = 64
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def _tile(typing: Any, x: Any, x_stride: Any, w: Any, w_stride: Any, out: Any, out_stride: Any, inner: Any) -> Any:
     """out (4, 32) = x (4, inner) w (inner, 32): addresses, and strides of rows, in bytes; inner is at least 1."""
     signature = types.void(types.uintp, types.intp, types.uintp, types.intp, types.uintp, types.intp, types.intp)
@@ -93,7 +93,7 @@ def tiled(x: Array, w: Array, out: Array) -> None:
             left = x.ctypes.data + 8 * inner * first
             if count == _COLUMNS:
                 target = out.ctypes.data + 8 * (columns * first + j)
-                _tile(left, 8 * inner, source, stride, target, 8 * columns, inner)
+                _tile(left, 8 * inner, source, stride, target, 8 * columns, inner)  # type: ignore[call-arg]
             else:
-                _tile(left, 8 * inner, source, stride, edge.ctypes.data, 8 * _COLUMNS, inner)
+                _tile(left, 8 * inner, source, stride, edge.ctypes.data, 8 * _COLUMNS, inner)  # type: ignore[call-arg]
                 out[first : first + _ROWS, j : j + count] = edge[:, :count]
