@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import tacit
+from tacit.ir.ops.roles import Input
 
 Tensor = torch.Tensor
 CLOSE = 2.0**-8  # what the compiler promises for logits
@@ -226,7 +227,7 @@ def test_precision_follows_frac_bits(frac_bits: int) -> None:
     secure = tacit.compile(model, ROWS, frac_bits=frac_bits)
     error = (secure.check(ROWS).double() - exact(model, ROWS)).abs().max()
     assert error < 8 * 2.0**-frac_bits
-    assert secure.inputs[0].type.frac == frac_bits
+    assert secure.plan.find(Input)[0].type.frac == frac_bits
 
 
 def test_calibration_narrows_the_ranges() -> None:
