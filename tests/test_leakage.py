@@ -15,6 +15,7 @@ from tacit.ir.digits import Digits, prime_for
 from tacit.ir.errors import ProtocolError
 from tacit.ir.op import Level, Sample
 from tacit.ir.ops.nonlinear import ReLU
+from tacit.ir.ops.ranking import ArgmaxByRank
 from tacit.ir.plan import Plan
 from tacit.ir.types import Batch, Type
 from tacit.runtime import field, party
@@ -327,3 +328,24 @@ def test_client_sees_refreshed_shares() -> None:
     shares = [tensors[0] for (_, target), tensors in session.network.transcript or [] if target == CLIENT]
     assert len(shares) == 2 and bool((shares[0] + shares[1] == 7).all())
     assert all(uniform(as_bytes(share), 256) for share in shares)
+
+
+def test_p2_sees_ranks_in_a_uniform_order() -> None:
+    """Whatever the inputs: every order of the ranks 0 to classes - 1 is equally likely, and each share is uniform."""
+    classes, rows = 3, 6000
+    plan = single(Sample(ArgmaxByRank(41), (Type("secret", (Batch(), classes), 28, 40),)))
+    orders = list(itertools.permutations(range(classes)))
+    for value in (0, 5):  # ties; the ranks are 2, 1, 0 throughout
+        session, _ = constant_run(plan, rows, value, seed=23)
+        seen = {
+            link: t
+            for link, tensors in session.network.transcript or []
+            for t in tensors
+            if t.dtype == torch.uint8 and tuple(t.shape) == (rows, classes)
+        }
+        assert set(seen) == {(P0, P2), (P1, P2)}
+        assert all(uniform(share, 256) for share in seen.values())
+        ranks = [tuple(row) for row in (seen[P0, P2] + seen[P1, P2]).tolist()]
+        counts = [ranks.count(order) for order in orders]
+        assert sum(counts) == rows
+        assert chisquare(counts).pvalue > ALPHA
