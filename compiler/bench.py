@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 import statistics
@@ -68,7 +69,8 @@ class Measured:
     """Medians over the runs, per batch, in seconds and bytes; `spread_s` is the range of the total.
 
     `total_s` is offline plus online, all three parties, the client's sharing and the reveal; compiling and
-    sharing the weights are not in it. `peak_rss_bytes` is the whole process: all parties, compiler, plaintext.
+    sharing the weights are not in it. `stream_s` is the time from answer to answer where a stream of batches deals
+    each while the one before it is online. `peak_rss_bytes` is the whole process: all parties, compiler, plaintext.
     """
 
     model: str
@@ -81,6 +83,7 @@ class Measured:
     total_s: float
     online_s: float
     offline_s: float
+    stream_s: float
     spread_s: tuple[float, float]
     compile_s: float
     rounds: int
@@ -126,6 +129,7 @@ def bench(
     compile_s = time.perf_counter() - begin
     secure.session(NETWORKS[network])
     plaintext, times = interleaved(plain, secure, x, runs)
+    streamed = _streamed(secure, x, runs)
     profile = _profile(secure, x) if per_op else ()
     run = secure.last_run
     assert run is not None
@@ -141,6 +145,7 @@ def bench(
         statistics.median(totals),
         statistics.median(online for _, online in times),
         statistics.median(offline for offline, _ in times),
+        streamed,
         (min(totals), max(totals)),
         compile_s,
         run.rounds,
@@ -166,6 +171,12 @@ def interleaved(
             plaintext.append(seconds)
             encrypted.append((run.offline_seconds, run.online_seconds))
     return plaintext, encrypted
+
+
+def _streamed(secure: Secure, x: Tensor, runs: int) -> float:
+    """Median seconds from one answer to the next; before the first, nothing is dealt ahead."""
+    times = [time.perf_counter() for _ in secure.stream(x for _ in range(runs + 1))]
+    return statistics.median(later - earlier for earlier, later in itertools.pairwise(times))
 
 
 def _plaintext(plain: torch.nn.Module, x: Tensor) -> float:
@@ -206,6 +217,7 @@ def text(found: Measured) -> str:
         ("offline", found.offline_s),
         ("online", found.online_s),
         ("total", found.total_s),
+        ("streamed", found.stream_s),
     ):
         rows.append(f"{label:<24} {1e3 * seconds:>11.3f} ms {1e3 * seconds / found.batch:>11.3f} ms")
     for label, size in (("online bytes", found.online_bytes), ("offline bytes", found.offline_bytes)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,27 @@ class Secure:
             session.close()
             raise
         return answer, opened
+
+    def stream(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The answers to many batches, in order; the material of each is dealt while the one before it is online.
+
+        An item is a batch as the model takes it, or a tuple of its arguments. One item is read ahead of the answers.
+        Raises InputError at the first item that does not fit, before anything of it is shared.
+        """
+        session, finished = self.session(), False
+        try:
+            for answer, run in session.stream(self._encoded(batches)):
+                self.last_run = run
+                yield self._decoded(answer)
+            finished = True
+        finally:
+            if not finished:  # given up, or failed: not used again
+                self._session = None
+                session.close()
+
+    def _encoded(self, batches: Iterable[Any]) -> Iterator[dict[str, Tensor]]:
+        for item in batches:
+            yield encode_inputs(self.plan, self._checked(item if isinstance(item, tuple) else (item,)))
 
     def session(self, link: LinkModel | None = None) -> Session:
         """The session of this model, opened at first use; `link` emulates a network, and opens a new one."""

@@ -6,14 +6,11 @@ same channel. A session owns all its state: keys, shares of the weights, opened 
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -25,11 +22,11 @@ from tacit.ir.plan import Node, Plan, Schedule
 from tacit.ir.types import Type
 from tacit.runtime import prf
 from tacit.runtime.channel import LinkModel, Meter, Network
+from tacit.runtime.crew import PARTIES, Crew
 from tacit.runtime.memory import keep_freed_buffers
 from tacit.runtime.party import Party, Profile, Values, deal, execute
 
 Tensor = torch.Tensor
-PARTIES = (P0, P1, P2)
 _EVERYONE = tuple(range(len(ROLES)))
 _MAX_BATCHES = 1 << 32
 _SMALL_BATCH = 2
@@ -69,20 +66,6 @@ class Trace:
     offsets: dict[str, list[Tensor]]
 
 
-@contextmanager
-def _one_core() -> Iterator[None]:
-    """The roles that act in the caller's thread have one core too, whatever torch was told to use there.
-
-    torch's own threads spin while they wait for one another: beside the parties they cost milliseconds.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 class Session:
     """Open once, then deal and infer as often as wanted; not for use by several threads at once."""
 
@@ -91,52 +74,56 @@ class Session:
     ) -> None:
         keep_freed_buffers()
         self.plan = plan.verify()
-        self.network = Network(link)
+        self._link = link
+        self._crew = Crew("party", link)
         self.profile: Profile | None = None  # benchmarks collect seconds by phase and line here
         self._keys = keys or prf.fresh_keys()
         self._weights = weights
         self._shared: dict[int, Values] = {rank: {} for rank in _EVERYONE}
         self._types: dict[tuple[str, int], tuple[tuple[Type, ...], Type]] = {}
-        self._pool = ThreadPoolExecutor(
-            len(PARTIES), thread_name_prefix="party", initializer=torch.set_num_threads, initargs=(1,)
-        )
         self._next_batch = 1  # batch 0 is the session's own part
-        self._broken: str | None = None
         self.weight_meter = self._open()
 
+    @property
+    def network(self) -> Network:
+        return self._crew.network
+
     def close(self) -> None:
-        self._pool.shutdown(wait=True)
+        self._crew.close()
 
     def _open(self) -> Meter:
         """Share the weights and open their masks: paid once."""
         nodes = [n for n in self.plan.nodes if n.op.session]
         material: dict[int, dict[str, list[Material]]] = {rank: {} for rank in _EVERYONE}
         meter = self.network.start_phase()
-        self._together({rank: self._dealing(nodes, rank, 0, 1, material[rank]) for rank in PARTIES})
+        self._crew.together({rank: self._dealing(self._crew, nodes, rank, 0, 1, material[rank]) for rank in PARTIES})
         jobs = {}
         for rank in (*PARTIES, OWNER):
-            seat = self._seat(rank, 0, 1, material[rank])
+            seat = self._seat(self._crew, rank, 0, 1, material[rank])
             jobs[rank] = self._job(rank, self.plan.session_schedule, seat, self._shared[rank])
-        self._together(jobs)
+        self._crew.together(jobs)
         return meter
 
     def _dealing(
-        self, nodes: list[Node], rank: int, batch_id: int, batch: int, material: dict[str, list[Material]]
+        self, crew: Crew, nodes: list[Node], rank: int, batch_id: int, batch: int, material: dict[str, list[Material]]
     ) -> Callable[[], list[Randomness]]:
-        return lambda: deal(nodes, self._seat(rank, batch_id, batch), material, self.profile)
+        return lambda: deal(nodes, self._seat(crew, rank, batch_id, batch), material, self.profile)
 
     def deal(self, batch: int) -> Dealt:
         """Offline: deal exactly what one inference of `batch` elements consumes."""
+        return self._deal(self._crew, batch)
+
+    def _deal(self, crew: Crew, batch: int, *, in_turn: bool = False) -> Dealt:
         if self._next_batch >= _MAX_BATCHES:
             raise ProtocolError("this session has used up its batches; open a new one")
         batch_id, self._next_batch = self._next_batch, self._next_batch + 1
         nodes = [n for n in self.plan.nodes if not n.op.session]
         material: dict[int, dict[str, list[Material]]] = {rank: {} for rank in _EVERYONE}
-        meter, begin = self.network.start_phase(), time.perf_counter()
+        meter, begin = crew.network.start_phase(), time.perf_counter()
         # Dealing goes one way, from P2: P0 and P1 never keep it waiting, so the parties may also take turns. Where
         # there is little to compute, that is faster than three threads that share one interpreter.
-        jobs = {rank: self._dealing(nodes, rank, batch_id, batch, material[rank]) for rank in (P2, P0, P1)}
-        found = self._together(jobs, in_turn=batch <= _SMALL_BATCH)
+        jobs = {rank: self._dealing(crew, nodes, rank, batch_id, batch, material[rank]) for rank in (P2, P0, P1)}
+        found = crew.together(jobs, in_turn=in_turn or batch <= _SMALL_BATCH)
         return Dealt(batch_id, batch, material, found, meter, time.perf_counter() - begin)
 
     def infer(
@@ -151,9 +138,11 @@ class Session:
         meter, begin = self.network.start_phase(), time.perf_counter()
         jobs = {}
         for rank in (*PARTIES, CLIENT):
-            seat = self._seat(rank, dealt.batch_id, dealt.batch, material[rank], inputs, offsets if trace else None)
+            seat = self._seat(
+                self._crew, rank, dealt.batch_id, dealt.batch, material[rank], inputs, offsets if trace else None
+            )
             jobs[rank] = self._job(rank, self.plan.schedule, seat, values[rank], keep=trace)
-        self._together(jobs)
+        self._crew.together(jobs)
         seconds = time.perf_counter() - begin
         run = Run(
             dealt.batch,
@@ -167,6 +156,39 @@ class Session:
         )
         answer = values[CLIENT][self.plan.result]
         return answer, run, Trace(self._opened(values), offsets) if trace else None
+
+    def stream(self, batches: Iterable[Mapping[str, Tensor]]) -> Iterator[tuple[Tensor, Run]]:
+        """`deal` and `infer` for one batch after another, each dealt while the one before it is online.
+
+        Reads one batch ahead of the answers and keeps material for no more than two. The dealing parties take turns in
+        one thread, beside those online, and have links of their own: under an emulated network, dealing takes nothing
+        away from the messages online.
+        """
+        crew, ahead = Crew("dealing", self._link), ThreadPoolExecutor(1, thread_name_prefix="ahead")
+        waiting: list[tuple[Mapping[str, Tensor], Future[Dealt]]] = []
+        source = iter(batches)
+        try:
+            while True:
+                try:
+                    inputs = next(source)
+                    dealt = ahead.submit(self._deal, crew, len(next(iter(inputs.values()))), in_turn=True)
+                    waiting.append((inputs, dealt))
+                except BaseException as end:
+                    # What came before is still answered, also where the next one is unfit.
+                    for item in waiting:
+                        yield self._finished(*item)
+                    if isinstance(end, StopIteration):
+                        return
+                    raise
+                if len(waiting) == 2:
+                    yield self._finished(*waiting.pop(0))
+        finally:
+            ahead.shutdown(wait=True, cancel_futures=True)
+            crew.close()
+
+    def _finished(self, inputs: Mapping[str, Tensor], dealt: Future[Dealt]) -> tuple[Tensor, Run]:
+        answer, run, _ = self.infer(dealt.result(), inputs)
+        return answer, run
 
     def _opened(self, values: Mapping[int, Values]) -> dict[str, Tensor]:
         out = {}
@@ -188,6 +210,7 @@ class Session:
 
     def _seat(
         self,
+        crew: Crew,
         rank: int,
         batch_id: int,
         batch: int,
@@ -195,7 +218,7 @@ class Session:
         inputs: Mapping[str, Tensor] | None = None,
         offsets: dict[str, list[Tensor]] | None = None,
     ) -> Callable[[Node], Party]:
-        channel, keys = self.network.channel(rank), prf.keys_of(rank, self._keys)
+        channel, keys = crew.network.channel(rank), prf.keys_of(rank, self._keys)
         shared = self._shared[rank]
 
         def seat(node: Node) -> Party:
@@ -228,30 +251,3 @@ class Session:
         if key not in self._types:
             self._types[key] = tuple(t.at(batch) for t in self.plan.arg_types(node)), node.type.at(batch)
         return self._types[key]
-
-    def _together(self, jobs: Mapping[int, Callable[[], Any]], *, in_turn: bool = False) -> dict[int, Any]:
-        """Run the jobs of all parties at once, or in turn; the first failure wakes and ends the others."""
-        if self._broken:
-            raise ProtocolError(f"this session ended with an error before ({self._broken}); open a new one")
-        failures: list[tuple[int, BaseException]] = []
-        lock = threading.Lock()
-
-        def guarded(rank: int) -> Any:
-            try:
-                return jobs[rank]()
-            except BaseException as error:
-                with lock:
-                    failures.append((rank, error))
-                self.network.fail(f"{ROLES[rank]} failed")
-                return None
-
-        threads = () if in_turn else PARTIES
-        pending = {rank: self._pool.submit(guarded, rank) for rank in jobs if rank in threads}
-        with _one_core():
-            results = {rank: guarded(rank) for rank in jobs if rank not in threads}
-        results |= {rank: future.result() for rank, future in pending.items()}
-        if failures:
-            rank, error = failures[0]
-            self._broken = f"{ROLES[rank]} failed"
-            raise error
-        return results
