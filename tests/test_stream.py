@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,9 +98,13 @@ def test_a_failure_in_dealing_reaches_the_caller(secure: tacit.Secure, monkeypat
 
     monkeypatch.setattr(Session, "_deal", failing)
     answers = []
-    with pytest.raises(OSError, match="no material"):
+
+    def collect() -> None:
         for answer in secure.stream([images(2, 6)] * 5):
             answers.append(answer)
+
+    with pytest.raises(OSError, match="no material"):
+        collect()
     monkeypatch.undo()
     assert len(answers) == 2
     assert len(secure(images(2, 6))) == 2
@@ -111,3 +117,16 @@ def test_a_stream_that_is_given_up_leaves_no_thread(secure: tacit.Secure) -> Non
     stream.close()  # type: ignore[attr-defined]
     assert threading.active_count() <= before
     assert len(secure(images(2, 6))) == 2
+
+
+def test_memory_does_not_grow_with_the_batches() -> None:
+    """Each batch has some 20 MB of material: a leak of one in ten would show."""
+    network = seeded(nn.Sequential(nn.Linear(100, 400), nn.ReLU(), nn.Linear(400, 10)))
+    secure = tacit.compile(network, images(4, 100), input_range=(-1, 1))
+    x = images(200, 100)
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    sizes = [resident() for _ in secure.stream(x for _ in range(50))]
+    assert sizes[-1] - sizes[9] < 40e6
