@@ -140,6 +140,10 @@ class Op:
         """The party program. A local op yields nothing; the default runs the single part."""
         return (yield from party.part(*args))
 
+    def least_ring(self, *args: Type) -> int:
+        """How many bits the ring of the operands needs for this op: a comparison's window, however wide they are."""
+        return getattr(self, "window", 1)
+
     @property
     def changes_ring(self) -> bool:
         """Whether the attribute `ring` says in which ring the result lives, whatever that of the operand is."""

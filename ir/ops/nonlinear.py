@@ -39,6 +39,9 @@ class Trunc(Op):
     def changes_ring(self) -> bool:
         return True
 
+    def least_ring(self, *args: Type) -> int:
+        return max(args[0].width + 1, self.bits + 2)
+
     def infer(self, x: Type) -> Type:
         expect_kind("secret", x)
         expect(0 < self.bits <= x.frac, f"cannot truncate {x} by {self.bits} bits")
@@ -332,7 +335,13 @@ class Argmax(FixedArgmax):
         # At the first level the indices are public: the bit alone selects them. The last level's maximum is not used.
         return tuple(
             Select(
-                (count, n), self.window, relu=i < len(pairs) - 1, bit=i == 0, payloads=int(i > 0), ring=ring, target=ring
+                (count, n),
+                self.window,
+                relu=i < len(pairs) - 1,
+                bit=i == 0,
+                payloads=int(i > 0),
+                ring=ring,
+                target=ring,
             )
             for i, count in enumerate(pairs)
         )
