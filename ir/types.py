@@ -1,9 +1,9 @@
 """Types of the values in a plan: who can see them, their shape, and how integers encode reals.
 
 A value of kind ``secret`` is additively shared between P0 and P1 in Z_2^64, or in Z_2^32 where its range
-allows it (r32). It stands for the real number v / 2^frac, and the compiler states that |v| <= 15/16 of 2^(width-1): comparisons look at no more
-bits than that. The sixteenth is room for the rounding of a comparison that leaves out low bits; sums,
-differences and products with constants keep it.
+allows it (r32). It stands for the real number v / 2^frac, and the compiler states that |v| <= 15/16 of
+2^(width-1): comparisons look at no more bits than that. The sixteenth is room for the rounding of a comparison
+that leaves out low bits; sums, differences and products with constants keep it.
 """
 
 import math

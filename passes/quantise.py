@@ -71,8 +71,8 @@ def _ending_at(plan: Plan, name: str) -> Plan:
 def expand_to_fixed_point(draft: Draft) -> Draft:
     """Replace every layer by its fixed-point form; weights become ring integers.
 
-    Inputs and activations have `frac_bits` fractional bits, weights four more, less what they spare. A product has the sum of
-    both; it is truncated after the ReLU that follows it, or before the next product. Additions align scales
+    Inputs and activations have `frac_bits` fractional bits, weights four more, less what they spare. A product has
+    the sum of both; it is truncated after the ReLU that follows it, or before the next product. Additions align scales
     by shifts, averages put their divisor into the scale, and an answer is revealed untruncated.
     """
     assert draft.frac_bits is not None

@@ -9,6 +9,7 @@ project assumes that tensors live on the CPU.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -147,10 +148,12 @@ def window_sums(x: Tensor, rows: Sequence[Span], columns: Sequence[Span]) -> Ten
 
 @njit(nogil=True, cache=True)
 def _truncate(c: Array, shifted_r: Array, msb_r: Array, bits: int, first: bool, out: Array) -> None:
-    word, ring = out.dtype.type, 8 * c.itemsize
-    shift, top, one = c.dtype.type(bits), c.dtype.type(ring - 1), c.dtype.type(1)
+    word: Any = out.dtype.type
+    source: Any = c.dtype.type
+    ring = 8 * c.itemsize
+    shift, top, one = source(bits), source(ring - 1), source(1)
     wrap = word(1 << (ring - bits)) if ring - bits < 8 * out.itemsize else word(0)
-    offset = word(one << c.dtype.type(ring - 2 - bits))
+    offset = word(one << source(ring - 2 - bits))
     for e in range(out.size):
         gate = word(0) - word((c[e] >> top) ^ one)  # all ones where msb(c) = 0
         value = word(word(msb_r[e]) * wrap) & gate
@@ -173,7 +176,7 @@ def truncate(c: Tensor, shifted_r: Tensor, msb_r: Tensor, bits: int, *, first: b
 def _select(
     public: Array, own: Array, masked: Array, gate: Array, rho: Array, flip: Array, e0: Array, first: bool, out: Array
 ) -> None:
-    word = out.dtype.type
+    word: Any = out.dtype.type
     zero = word(0)
     for i in range(out.size):
         w = zero - word(flip[i])  # a mask: all ones where the opened bit is 1
@@ -195,8 +198,8 @@ def select(
     `value` is this party's share of x itself. Linear in what was dealt: no message is needed.
     """
     out = torch.empty_like(value)
-    shares = (_words(t) for t in (public, mask, masked, value, rho))
-    _select(*shares, flip.numpy(), e.numpy(), first, _words(out))
+    left, right = (_words(public), _words(mask), _words(masked)), (_words(value), _words(rho))
+    _select(*left, *right, flip.numpy(), e.numpy(), first, _words(out))
     return out
 
 
@@ -214,8 +217,10 @@ def _relu_truncate(
     first: bool,
     out: Array,
 ) -> None:
-    word, ring = out.dtype.type, 8 * c.itemsize
-    shift, top, one = c.dtype.type(bits), c.dtype.type(ring - 1), c.dtype.type(1)
+    word: Any = out.dtype.type
+    source: Any = c.dtype.type
+    ring = 8 * c.itemsize
+    shift, top, one = source(bits), source(ring - 1), source(1)
     wrap = word(1 << (ring - bits)) if ring - bits < 8 * out.itemsize else word(0)
     zero = word(0)
     for i in range(out.size):
@@ -278,7 +283,8 @@ def bit_share(rho: Tensor, flip: Tensor, e: Tensor, *, first: bool) -> Tensor:
 
 @njit(nogil=True, cache=True)
 def _bit(value: Array, position: int, out: Array) -> None:
-    shift, one = value.dtype.type(position), value.dtype.type(1)
+    word: Any = value.dtype.type
+    shift, one = word(position), word(1)
     for i in range(out.size):
         out[i] = np.uint8((value[i] >> shift) & one)
 
@@ -306,7 +312,7 @@ def shift_right(value: Tensor, bits: int) -> Tensor:
 
 @njit(nogil=True, cache=True)
 def _gate(bits: Array, value: Array, out: Array) -> None:
-    word = value.dtype.type
+    word: Any = value.dtype.type
     for i in range(out.size):
         out[i] = value[i] & (word(0) - word(bits[i]))
 

@@ -71,7 +71,7 @@ def shared(value: Tensor, target: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("f", [1, 12, 15, 24])
-@pytest.mark.parametrize("source, target", [(32, 32), (32, 64), (64, 32), (64, 64)])
+@pytest.mark.parametrize(("source", "target"), [(32, 32), (32, 64), (64, 32), (64, 64)])
 def test_truncation_at_the_edges_of_its_range(source: int, target: int, f: int) -> None:
     x, r = pairs(source, source - 1, f)
     c = x + (1 << (source - 2)) + r
@@ -82,7 +82,7 @@ def test_truncation_at_the_edges_of_its_range(source: int, target: int, f: int) 
 
 
 @pytest.mark.parametrize("f", [1, 12, 15, 24])
-@pytest.mark.parametrize("source, target", [(32, 32), (32, 64), (64, 32), (64, 64)])
+@pytest.mark.parametrize(("source", "target"), [(32, 32), (32, 64), (64, 32), (64, 64)])
 def test_relu_with_truncation_at_the_edges_of_its_ring(source: int, target: int, f: int) -> None:
     x, r = pairs(source, source, f)
     c = x + r

@@ -50,7 +50,7 @@ class Truncate(Subprotocol):
     """floor((x + t) / 2^bits) for -2^(k-2) <= x < 2^(k-2), x in Z_2^k, t = 2^bits - 1 - (c mod 2^bits).
 
     c = x + 2^(k-2) + r is opened. As integers x + 2^(k-2) = c - r + 2^k [c < r], and the wrap is local:
-    [c < r] = msb(r) (1 - msb(c)). So the result may live in any ring (`target`) in which r >> bits and msb(r) are dealt.
+    [c < r] = msb(r) (1 - msb(c)). So the result may live in any ring (`target`): r >> bits and msb(r) are dealt in it.
     t is uniform and known to P0 and P1, who could have drawn it themselves: that is the functionality,
     and it is perfectly simulated. No element ever fails, unlike in local (SecureML) truncation.
     """
