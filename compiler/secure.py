@@ -156,8 +156,8 @@ def load(folder: str | os.PathLike[str]) -> Secure:
         raise WeightsError(f"{path.name} belongs to another plan than {PLAN_FILE}: the digests differ")
     if metadata.get("sha256") != _fingerprint(weights):
         raise WeightsError(f"{path.name} was changed after it was written: its fingerprint does not match")
-    expected = {n.op.label: n.type.dims for n in plan.find(Weight)}  # type: ignore[attr-defined]
-    found = {label: tuple(value.shape) for label, value in weights.items() if value.dtype == torch.int64}
+    expected = {n.op.label: (n.type.dims, n.type.dtype) for n in plan.find(Weight)}  # type: ignore[attr-defined]
+    found = {label: (tuple(value.shape), value.dtype) for label, value in weights.items()}
     if expected != found:
         names = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
         raise WeightsError(f"{path.name} does not hold the weights of the plan: {', '.join(names)}")
@@ -195,7 +195,7 @@ def encode_inputs(plan: Plan, checked: Mapping[str, Tensor]) -> dict[str, Tensor
 
 def decode_answer(plan: Plan, answer: Tensor, dtype: torch.dtype) -> Any:
     """What the model would have returned, from ring integers: a tensor, or the structure it has tensors in."""
-    result = plan.node(plan.result).type
+    result, answer = plan.node(plan.result).type, answer.to(torch.int64)
     packs = plan.find(Pack)
     if packs:
         assert isinstance(packs[-1].op, Pack)

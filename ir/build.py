@@ -88,14 +88,23 @@ class FixedBuilder(Builder):
     precision costs no bit of any comparison, because the truncation after its product drops it again.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], *, frac: int, weight_frac: int) -> None:
+    def __init__(
+        self, weights: Mapping[str, Tensor], *, frac: int, weight_frac: int, spared: Mapping[str, int] | None = None
+    ) -> None:
+        """`spared`: by how many bits the weights of a line of the model level have fewer."""
         super().__init__(Level.FIXED)
         self.frac = frac
-        self.weight_frac = weight_frac
+        self._weight_frac = weight_frac
+        self._spared = spared or {}
         self._real = dict(weights)
         self.encoded: dict[str, Tensor] = {}
         self._emitted: dict[tuple[Op, tuple[str, ...]], str] = {}
         self._weight_nodes: dict[tuple[str, int, tuple[int, ...]], str] = {}
+
+    @property
+    def weight_frac(self) -> int:
+        """The fractional bits of weights in the line of the model level that is being written."""
+        return self._weight_frac - self._spared.get(self.origin, 0)
 
     def emit(self, op: Op, *args: str, name: str = "", width: int | None = None) -> str:
         """As every builder; what was computed before is not computed again."""

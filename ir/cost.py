@@ -76,6 +76,11 @@ BIT = Element("bit", per_word=1, word_bytes=1)
 BYTE = Element("byte", per_word=1, word_bytes=1)
 
 
+def ring_bytes(bits: int, shape: Shape) -> int:
+    """Bytes of a tensor of shares in Z_2^bits."""
+    return bits // 8 * math.prod(shape)
+
+
 def small_ring(bits: int) -> Element:
     """Z_2^bits, in the smallest of 1, 2, 4 or 8 bytes."""
     return Element(f"Z_2^{bits}", word_bytes=next(size for size in (1, 2, 4, 8) if 8 * size >= bits))

@@ -18,7 +18,7 @@ import torch
 
 from tacit.ir.cost import P0, P1, P2, Cost, Link, Randomness, in_sequence
 from tacit.ir.errors import PlanError
-from tacit.ir.types import Batch, Dim, Shape, Type
+from tacit.ir.types import DTYPES, RING_BITS, Batch, Dim, Shape, Type
 
 if TYPE_CHECKING:
     from tacit.runtime.party import Party
@@ -101,6 +101,8 @@ class Op:
     declares: ClassVar[bool] = False
     # Who takes part in the online protocol of this op.
     roles: ClassVar[tuple[int, ...]] = (P0, P1, P2)
+    # The rings, in bits, that all operands and the result may live in: one and the same ring, unless `changes_ring`.
+    rings: ClassVar[tuple[int, ...]] = (RING_BITS,)
     registry: ClassVar[dict[str, type[Op]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -138,6 +140,15 @@ class Op:
         """The party program. A local op yields nothing; the default runs the single part."""
         return (yield from party.part(*args))
 
+    def least_ring(self, *args: Type) -> int:
+        """How many bits the ring of the operands needs for this op: a comparison's window, however wide they are."""
+        return getattr(self, "window", 1)
+
+    @property
+    def changes_ring(self) -> bool:
+        """Whether the attribute `ring` says in which ring the result lives, whatever that of the operand is."""
+        return False
+
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
         """Operands that every generic test loops over."""
@@ -149,6 +160,7 @@ class LocalOp(Op):
 
     levels = frozenset({Level.FIXED, Level.PROTOCOL})
     roles = (P0, P1)
+    rings = tuple(DTYPES)
 
     def compute(self, ring: Any, *shares: Tensor) -> Tensor:
         raise NotImplementedError
@@ -157,7 +169,8 @@ class LocalOp(Op):
         return self.compute(oracle.ring, *args)
 
     def run(self, party: Party, *args: Any) -> Program:
-        return self.compute(party.ring, *args)
+        # Sums and public factors may have been computed in more bits: a linear map commutes with the reduction.
+        return self.compute(party.ring, *args).to(party.type.dtype)
         yield  # pragma: no cover  (makes this a generator)
 
 
@@ -175,6 +188,9 @@ def expect_kind(kind: str, *args: Type) -> None:
 @lru_cache(maxsize=1 << 15)
 def inferred(op: Op, args: tuple[Type, ...]) -> Type:
     """`op.infer(*args)`, remembered: a plan is verified after every pass, and most of its lines do not change."""
+    for arg in args:
+        expect(arg.kind == "real" or arg.ring in op.rings, f"{op.name} has no protocol in Z_2^{arg.ring}: {arg}")
+        expect(arg.ring == args[0].ring, f"operands of two rings: {args[0]} and {arg}")
     return op.infer(*args)
 
 

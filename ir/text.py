@@ -29,7 +29,7 @@ _LINE = re.compile(
 def print_plan(plan: Plan) -> str:
     """The canonical text."""
     header = ", ".join(f"{key}={_header_value(plan, key)}" for key in _HEADER)
-    left = [f"plan {plan.name} {{  {header}, ring=2^64", *_aligned(plan), f"  return %{plan.result}", "}"]
+    left = [f"plan {plan.name} {{  {header}, ring={_rings(plan)}", *_aligned(plan), f"  return %{plan.result}", "}"]
     title, *figures = _figures(plan)
     width = max(len(line) for line in left)
     lines = [f"{left[0]:<{width}}  # {title}"]
@@ -61,6 +61,11 @@ def parse_plan(text: str) -> Plan:
     _verify_drawn(plan, lines)
     _verify_seal(plan, lines)
     return plan
+
+
+def _rings(plan: Plan) -> str:
+    """The rings that values live in, as in 2^32+2^64."""
+    return "+".join(f"2^{bits}" for bits in sorted({node.type.ring for node in plan.nodes}))
 
 
 def _header_value(plan: Plan, key: str) -> str:
@@ -133,7 +138,7 @@ def _parse_value(kind: Any, text: str) -> Any:
 
 
 def _parse_header(lines: list[str]) -> tuple[str, dict[str, str]]:
-    found = re.fullmatch(r"plan ([\w.]+) \{  (.*), ring=2\^64\s*(#.*)?", lines[0])
+    found = re.fullmatch(r"plan ([\w.]+) \{  (.*), ring=[\d^+]+\s*(#.*)?", lines[0])
     if not found:
         raise PlanError(draw(lines, 0, "expected 'plan NAME {  level=..., ring=2^64'"))
     header = dict(re.findall(r"(\w+)=(\w+)", found.group(2)))

@@ -1,18 +1,22 @@
 """Types of the values in a plan: who can see them, their shape, and how integers encode reals.
 
-A value of kind ``secret`` is additively shared between P0 and P1 in Z_2^64. It stands for the real
-number v / 2^frac, and the compiler states that |v| <= 15/16 of 2^(width-1): comparisons look at no more
-bits than that. The sixteenth is room for the rounding of a comparison that leaves out low bits; sums,
-differences and products with constants keep it.
+A value of kind ``secret`` is additively shared between P0 and P1 in Z_2^64, or in Z_2^32 where its range
+allows it (r32). It stands for the real number v / 2^frac, and the compiler states that |v| <= 15/16 of
+2^(width-1): comparisons look at no more bits than that. The sixteenth is room for the rounding of a comparison
+that leaves out low bits; sums, differences and products with constants keep it.
 """
 
 import math
 import re
 from dataclasses import dataclass, replace
 
+import torch
+
 from tacit.ir.errors import PlanError
 
 RING_BITS = 64
+SMALL_RING_BITS = 32
+DTYPES = {RING_BITS: torch.int64, SMALL_RING_BITS: torch.int32}
 
 # The kinds of a value, each a promise about who learns it.
 KINDS = {
@@ -44,38 +48,42 @@ def dim_at(dim: Dim, batch: int) -> int:
 
 @dataclass(frozen=True)
 class Type:
-    """Kind, shape (the batch may be symbolic), fractional bits, and signed width in bits."""
+    """Kind, shape (the batch may be symbolic), fractional bits, signed width in bits, and the ring's bits."""
 
     kind: str
     shape: tuple[Dim, ...]
     frac: int = 0
     width: int = RING_BITS
+    ring: int = RING_BITS
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise PlanError(f"unknown kind '{self.kind}'; known: {', '.join(KINDS)}")
         if not self.shape or any(not isinstance(d, Batch) and d < 1 for d in self.shape):
             raise PlanError(f"a shape has one or more dimensions, each at least 1: {self.shape}")
-        if not 1 <= self.width <= RING_BITS or not 0 <= self.frac < RING_BITS:
-            raise PlanError(f"f{self.frac}, b{self.width} do not fit the ring of {RING_BITS} bits")
+        if self.ring not in DTYPES:
+            raise PlanError(f"a ring has {' or '.join(map(str, DTYPES))} bits, not {self.ring}")
+        if not 1 <= self.width <= self.ring or not 0 <= self.frac < RING_BITS:
+            raise PlanError(f"f{self.frac}, b{self.width} do not fit the ring of {self.ring} bits")
 
     def __str__(self) -> str:
         dims = "x".join(str(d) for d in self.shape)
         if self.kind == "real":
             return f"real<{dims}>"
-        return f"{self.kind}<{dims}, f{self.frac}, b{self.width}>"
+        ring = "" if self.ring == RING_BITS else f", r{self.ring}"
+        return f"{self.kind}<{dims}, f{self.frac}, b{self.width}{ring}>"
 
     @staticmethod
     def parse(text: str) -> "Type":
         """The inverse of `str`; raises PlanError."""
-        found = re.fullmatch(r"(\w+)<([\dNx]+)(?:, f(\d+), b(\d+))?>", text)
+        found = re.fullmatch(r"(\w+)<([\dNx]+)(?:, f(\d+), b(\d+)(?:, r(\d+))?)?>", text)
         if not found:
             raise PlanError(f"'{text}' is not a type, as in secret<Nx784, f12, b16>")
-        kind, dims, frac, width = found.groups()
+        kind, dims, frac, width, ring = found.groups()
         if (kind == "real") != (frac is None):
             raise PlanError(f"'{text}': real values have no scale, all others have one (f12, b16)")
         shape = tuple(_parse_dim(d, text) for d in dims.split("x"))
-        return Type(kind, shape, int(frac or 0), int(width or RING_BITS))
+        return Type(kind, shape, int(frac or 0), int(width or RING_BITS), int(ring or RING_BITS))
 
     @property
     def batched(self) -> bool:
@@ -92,6 +100,7 @@ class Type:
         frac: int | None = None,
         width: int | None = None,
         kind: str | None = None,
+        ring: int | None = None,
     ) -> "Type":
         """A copy with some fields changed."""
         return Type(
@@ -99,6 +108,7 @@ class Type:
             self.shape if shape is None else shape,
             self.frac if frac is None else frac,
             self.width if width is None else width,
+            self.ring if ring is None else ring,
         )
 
     @property
@@ -111,6 +121,11 @@ class Type:
     @property
     def numel(self) -> int:
         return math.prod(self.dims)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """How the parties hold shares of it."""
+        return DTYPES[self.ring]
 
 
 def _parse_dim(text: str, whole: str) -> Dim:

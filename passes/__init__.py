@@ -10,6 +10,7 @@ from tacit.passes.bound import bound_ranges
 from tacit.passes.draft import Draft
 from tacit.passes.lower import hoist_weight_openings, lower_to_protocol, number_lines, reveal_result, schedule_rounds
 from tacit.passes.quantise import choose_scale, expand_to_fixed_point, fuse_truncation_into_relu
+from tacit.passes.rings import choose_rings, spare_weight_bits
 from tacit.passes.simplify import (
     drop_no_ops,
     drop_softmax_before_argmax,
@@ -30,9 +31,11 @@ PIPELINE: tuple[Pass, ...] = (
     expand_to_fixed_point,
     fuse_truncation_into_relu,
     bound_ranges,
+    spare_weight_bits,
     lower_to_protocol,
     reveal_result,
     hoist_weight_openings,
+    choose_rings,
     schedule_rounds,
     number_lines,
 )

@@ -23,7 +23,7 @@ Tensor = torch.Tensor
 _TOLERANCE, _LEAST_LOGIT = 2.0**-10, 2.0**-8
 _TRIAL_FRAC, _LEAST_FRAC, MOST_FRAC_BITS = 12, 8, 20
 # Weights get some bits more than activations: they cost nothing in any comparison.
-_EXTRA_WEIGHT_BITS = 4
+EXTRA_WEIGHT_BITS = 4
 
 
 def choose_scale(draft: Draft) -> Draft:
@@ -33,16 +33,21 @@ def choose_scale(draft: Draft) -> Draft:
     """
     if draft.frac_bits is not None:
         return draft
+    error, allowed = logit_error(draft.with_(draft.plan, frac_bits=_TRIAL_FRAC))
+    extra = math.ceil(math.log2(max(error, 1e-12) / allowed))
+    return draft.with_(draft.plan, frac_bits=min(max(_TRIAL_FRAC + extra, _LEAST_FRAC), MOST_FRAC_BITS))
+
+
+def logit_error(draft: Draft) -> tuple[float, float]:
+    """For a draft of the model level: the error of the probes' logits in fixed point, and what is allowed of it."""
     probes = _some(draft.probes, draft.affordable)
-    real = draft.with_(_ending_at(draft.plan, _logits(draft.plan)), frac_bits=_TRIAL_FRAC)
+    real = draft.with_(_ending_at(draft.plan, _logits(draft.plan)))
     exact = real.estimate(probes).double()
     trial = expand_to_fixed_point(real)
     fixed = trial.estimate(probes).double() / 2.0 ** trial.plan.node(trial.plan.result).type.frac
     largest = float(exact.abs().max())
     allowed = _TOLERANCE * (min(1.0, max(largest, _LEAST_LOGIT)) if largest < 32 else largest / 32)
-    error = float((fixed - exact).abs().max())
-    extra = math.ceil(math.log2(max(error, 1e-12) / allowed))
-    return draft.with_(draft.plan, frac_bits=min(max(_TRIAL_FRAC + extra, _LEAST_FRAC), MOST_FRAC_BITS))
+    return float((fixed - exact).abs().max()), allowed
 
 
 def _some(values: Values, count: int) -> Values:
@@ -66,18 +71,18 @@ def _ending_at(plan: Plan, name: str) -> Plan:
 def expand_to_fixed_point(draft: Draft) -> Draft:
     """Replace every layer by its fixed-point form; weights become ring integers.
 
-    Inputs and activations have `frac_bits` fractional bits, weights four more. A product has the sum of
-    both; it is truncated after the ReLU that follows it, or before the next product. Additions align scales
+    Inputs and activations have `frac_bits` fractional bits, weights four more, less what they spare. A product has
+    the sum of both; it is truncated after the ReLU that follows it, or before the next product. Additions align scales
     by shifts, averages put their divisor into the scale, and an answer is revealed untruncated.
     """
     assert draft.frac_bits is not None
-    plan, weight_frac = draft.plan, draft.frac_bits + _EXTRA_WEIGHT_BITS
-    b = FixedBuilder(draft.weights, frac=draft.frac_bits, weight_frac=weight_frac)
+    plan, weight_frac = draft.plan, draft.frac_bits + EXTRA_WEIGHT_BITS
+    b = FixedBuilder(draft.weights, frac=draft.frac_bits, weight_frac=weight_frac, spared=draft.spared)
     names: dict[str, str] = {}
     for node in plan.nodes:
         with b.at(node.path, node.source, node.name):
             names[node.name] = _expand(b, node, names)
-    return draft.with_(b.plan(plan, names[plan.result]), b.encoded)
+    return replace(draft.with_(b.plan(plan, names[plan.result]), b.encoded), model=draft)
 
 
 def _expand(b: FixedBuilder, node: Node, names: Mapping[str, str]) -> str:

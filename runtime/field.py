@@ -157,7 +157,7 @@ def _digit_corrections(r: Array, low: int, bits: int, digit_bits: int, share0: A
         end = min(n, begin + _BLOCK)
         m = end - begin
         for e in range(m):
-            word[e] = (r[begin + e] >> np.uint64(low)) & mask
+            word[e] = (np.uint64(r[begin + e]) >> np.uint64(low)) & mask
         for row in range(rows):
             if row % levels == 0:
                 _digit(word[:m], row // levels, digit_bits, digit[:m])
@@ -170,7 +170,7 @@ def _digit_corrections(r: Array, low: int, bits: int, digit_bits: int, share0: A
 def digit_corrections(r: torch.Tensor, low: int, digits: Digits, share0: torch.Tensor) -> torch.Tensor:
     """P1's shares of the thermometer code of bits low .. low + digits.bits - 1 of r, given P0's: (rows, n) of Z_p."""
     out = torch.empty_like(share0)
-    _digit_corrections(_u64(r), low, digits.bits, digits.digit_bits, share0.numpy(), digits.p, out.numpy())
+    _digit_corrections(_words(r), low, digits.bits, digits.digit_bits, share0.numpy(), digits.p, out.numpy())
     return out
 
 
@@ -265,7 +265,7 @@ def _blind(
         m = end - begin
         flip = beta[begin:end]
         for e in range(m):
-            word[e] = (c[begin + e] >> np.uint64(low)) & mask
+            word[e] = (np.uint64(c[begin + e]) >> np.uint64(low)) & mask
             above[e] = np.uint8(0)
         for i in range(positions - 1, -1, -1):
             _digit(word[:m], i, digit_bits, digit[:m])
@@ -312,7 +312,7 @@ def blind(
     """
     out = torch.empty((digits.positions, share.shape[1]), dtype=torch.uint8)
     _blind(
-        _u64(c),
+        _words(c),
         low,
         digits.bits,
         digits.digit_bits,
@@ -355,5 +355,7 @@ def has_zero(d0: torch.Tensor, d1: torch.Tensor, positions: int, p: int) -> torc
     return out
 
 
-def _u64(value: torch.Tensor) -> Array:
-    return value.reshape(-1).numpy().view(np.uint64)
+def _words(value: torch.Tensor) -> Array:
+    """The elements, flat and unsigned."""
+    flat = value.reshape(-1).numpy()
+    return flat.view(np.uint32 if flat.itemsize == 4 else np.uint64)

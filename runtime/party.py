@@ -27,11 +27,12 @@ from tacit.ir.cost import (
     Element,
     Randomness,
     prime_field,
+    small_ring,
 )
 from tacit.ir.digits import Digits
 from tacit.ir.op import Material, Program, Received, Round, Spec
 from tacit.ir.plan import Node, Plan, Schedule
-from tacit.ir.types import Shape, Type
+from tacit.ir.types import RING_BITS, Shape, Type
 from tacit.runtime import field as zp
 from tacit.runtime import ring as z64
 from tacit.runtime.channel import Channel
@@ -87,24 +88,20 @@ class Party:
 
     # --- offline ---
 
-    def mask(self, kind: str, shape: Shape) -> Tensor:
-        """A uniform value of Z_2^64 that P2 knows and P0, P1 share, all from the streams."""
-        self._note(kind, shape, RING, PRF)
+    def mask(self, kind: str, shape: Shape, *, bits: int = RING_BITS) -> Tensor:
+        """A uniform value of Z_2^64 or Z_2^32 that P2 knows and P0, P1 share, all from the streams."""
+        element = small_ring(bits)
+        self._note(kind, shape, element, PRF)
+        dtype = self.ring.WORDS[element.word_bytes]
         if self.rank != P2:
-            return self.prf(P2).ring(shape)
-        return self.prf(P0).ring(shape) + self.prf(P1).ring(shape)
+            return self.prf(P2).words(shape, dtype)
+        return self.prf(P0).words(shape, dtype) + self.prf(P1).words(shape, dtype)
 
-    def share(
-        self,
-        kind: str,
-        shape: Shape,
-        value: Tensor | None,
-        *,
-        element: Element = RING,
-        dtype: torch.dtype = torch.int64,
-    ) -> Tensor | None:
-        """P2 shares a value in Z_2^64 or a smaller Z_2^w: P0 derives its share, P1 is sent the correction."""
+    def share(self, kind: str, shape: Shape, value: Tensor | None, *, bits: int = RING_BITS) -> Tensor | None:
+        """P2 shares a value in Z_2^bits: P0 derives its share, P1 is sent the correction."""
+        element = small_ring(bits)
         self._note(kind, shape, element, DEALT)
+        dtype = self.ring.WORDS[element.word_bytes]
         if self.rank == P1:
             return self.channel.recv(P2, [Spec(shape, dtype)])[0]
         share0 = (self.prf(P2) if self.rank == P0 else self.prf(P0)).words(shape, dtype)

@@ -25,7 +25,7 @@ _ZEROS = memoryview(bytes(1 << 20))
 _WORDS: dict[torch.dtype, type[np.generic]] = {
     torch.uint8: np.uint8,
     torch.uint16: np.uint16,
-    torch.uint32: np.uint32,
+    torch.int32: np.int32,
     torch.int64: np.int64,
 }
 # Who shares a key with whom; P2 also has one of its own. It holds neither k01 nor a key of the roles outside.
@@ -73,7 +73,7 @@ class Stream:
         return torch.from_numpy(self._draw(shape, np.int64))
 
     def words(self, shape: Iterable[int], dtype: torch.dtype) -> torch.Tensor:
-        """Uniform on Z_2^8, Z_2^16, Z_2^32 or Z_2^64, after the dtype."""
+        """Uniform on Z_2^8, Z_2^16, Z_2^32 or Z_2^64, after the dtype: uint8, uint16, int32 or int64."""
         return torch.from_numpy(self._draw(shape, _WORDS[dtype]))
 
     def bits(self, shape: Iterable[int]) -> torch.Tensor:

@@ -83,16 +83,16 @@ def _value(
         value = inputs[node.op.label]
         return value.to(real) if plan.level is Level.MODEL else z64.encode(value, node.type.frac)
     if isinstance(node.op, Weight):
-        return weights[node.op.label].to(real) if plan.level is Level.MODEL else weights[node.op.label]
+        return weights[node.op.label].to(real if plan.level is Level.MODEL else torch.int64)
     return node.op.reference(oracle, *(values[arg] for arg in node.args))
 
 
 def compare(plan: Plan, secure: Values, clear: Values) -> None:
-    """Raise DivergenceError at the first line whose secure value differs from the oracle's in any bit."""
+    """Raise DivergenceError at the first line whose secure value differs from the oracle's in any bit of its ring."""
     for node in plan.nodes:
         if node.name not in secure:
             continue
-        wrong = secure[node.name] != clear[node.name]
+        wrong = secure[node.name] != clear[node.name].to(secure[node.name].dtype)
         if bool(wrong.any()):
             where = tuple(int(i) for i in wrong.nonzero()[0])
             raise DivergenceError(

@@ -1,4 +1,6 @@
-"""Z_2^64 on int64 tensors, which wrap: the arithmetic of shares, and Z_{2^64 - 1} for the textbook suite.
+"""Z_2^64 and Z_2^32 on int64 and int32 tensors, which wrap: the arithmetic of shares.
+
+The ring is that of the operands' dtype. Z_{2^64 - 1}, for the textbook suite, is at the end.
 
 Everything that an op computes on shares goes through this module and `field`; nothing else in the
 project assumes that tensors live on the CPU.
@@ -7,6 +9,7 @@ project assumes that tensors live on the CPU.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,12 +24,19 @@ from tacit.runtime.product import tiled
 Array = NDArray[np.generic]
 Tensor = torch.Tensor
 HALF = -(1 << 63)  # 2^63, the weight of the most significant bit, as int64
-SMALL_DTYPES = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.int64}
+# How shares in Z_2^w are held, by the bytes of a word.
+WORDS = {1: torch.uint8, 2: torch.uint16, 4: torch.int32, 8: torch.int64}
 
 
-def wrapped(value: int) -> int:
-    """An integer reduced to the int64 that represents it in Z_2^64."""
-    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
+def wrapped(value: int, bits: int = 64) -> int:
+    """An integer reduced to the signed one that represents it in Z_2^bits."""
+    half = 1 << (bits - 1)
+    return (value + half) % (2 * half) - half
+
+
+def bits_of(value: Tensor) -> int:
+    """The bits of a word."""
+    return 8 * value.element_size()
 
 
 def encode(value: Tensor, frac: int) -> Tensor:
@@ -86,7 +96,7 @@ def _matmul(x: Array, w: Array, out: Array) -> None:
 def matmul(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
     """x (M, K) times w (K, N). On one core, without the GIL."""
     left, right = x.contiguous().numpy(), w.contiguous().numpy()
-    out = torch.empty((len(x), w.shape[1]), dtype=torch.int64) if out is None else out
+    out = torch.empty((len(x), w.shape[1]), dtype=x.dtype) if out is None else out
     (_matmul if len(x) < _FEW_ROWS else tiled)(left, right, out.numpy())
     return out
 
@@ -118,7 +128,7 @@ def conv2d(x: Tensor, weight: Tensor, stride: Shape, padding: Shape, dilation: S
     n, oh, ow = patches.shape[:3]
     columns = patches.permute(3, 4, 5, 0, 1, 2).reshape(groups, per_group * kh * kw, n * oh * ow)
     kernels = weight.reshape(groups, o // groups, per_group * kh * kw)
-    out = torch.empty((groups, o // groups, n * oh * ow), dtype=torch.int64)
+    out = torch.empty((groups, o // groups, n * oh * ow), dtype=x.dtype)
     for g in range(groups):
         matmul(kernels[g], columns[g], out[g])
     return out.view(o, n, oh, ow).transpose(0, 1).contiguous()
@@ -133,23 +143,32 @@ def window_sums(x: Tensor, rows: Sequence[Span], columns: Sequence[Span]) -> Ten
     return high[..., right] - high[..., left] - low[..., right] + low[..., left]
 
 
+# Kernels compute in the words of their output; `word` makes constants of that type, because numba would widen them.
+
+
 @njit(nogil=True, cache=True)
 def _truncate(c: Array, shifted_r: Array, msb_r: Array, bits: int, first: bool, out: Array) -> None:
-    shift, up = np.uint64(bits), np.uint64(64 - bits)
-    offset = np.uint64(1) << np.uint64(62 - bits)
+    word: Any = out.dtype.type
+    source: Any = c.dtype.type
+    ring = 8 * c.itemsize
+    shift, top, one = source(bits), source(ring - 1), source(1)
+    wrap = word(1 << (ring - bits)) if ring - bits < 8 * out.itemsize else word(0)
+    offset = word(one << source(ring - 2 - bits))
     for e in range(out.size):
-        value = np.uint64(0) - shifted_r[e]
-        if (c[e] >> np.uint64(63)) == 0:
-            value += np.uint64(msb_r[e]) << up
+        gate = word(0) - word((c[e] >> top) ^ one)  # all ones where msb(c) = 0
+        value = word(word(msb_r[e]) * wrap) & gate
         if first:
-            value += (c[e] >> shift) - offset
-        out[e] = value
+            value += word(c[e] >> shift) - offset
+        out[e] = value - shifted_r[e]
 
 
 def truncate(c: Tensor, shifted_r: Tensor, msb_r: Tensor, bits: int, *, first: bool) -> Tensor:
-    """A share of (c >> f) - (r >> f) + msb(r) (1 - msb(c)) 2^(64-f) - 2^(62-f); `first` is P0's."""
+    """A share of (c >> f) - (r >> f) + msb(r) (1 - msb(c)) 2^(k-f) - 2^(k-2-f); `first` is P0's.
+
+    c is of Z_2^k; the share is in the ring of `shifted_r`.
+    """
     out = torch.empty_like(shifted_r)
-    _truncate(_u64(c), _u64(shifted_r), msb_r.reshape(-1).numpy(), bits, first, _u64(out))
+    _truncate(_words(c), _words(shifted_r), msb_r.reshape(-1).numpy(), bits, first, _words(out))
     return out
 
 
@@ -157,16 +176,17 @@ def truncate(c: Tensor, shifted_r: Tensor, msb_r: Tensor, bits: int, *, first: b
 def _select(
     public: Array, own: Array, masked: Array, gate: Array, rho: Array, flip: Array, e0: Array, first: bool, out: Array
 ) -> None:
-    zero = np.uint64(0)
+    word: Any = out.dtype.type
+    zero = word(0)
     for i in range(out.size):
-        w = zero - np.uint64(flip[i])  # a mask: all ones where the opened bit is 1
+        w = zero - word(flip[i])  # a mask: all ones where the opened bit is 1
         v_mask = (masked[i] ^ w) - w  # (1 - 2w) [rho m]
         v_mask += own[i] & w  # + w [m] = [v m]
         v_bit = (rho[i] ^ w) - w
         if first:
-            v_bit += w & np.uint64(1)  # [v] = w + (1 - 2w) [rho]
+            v_bit += w & word(1)  # [v] = w + (1 - 2w) [rho]
         v_value = public[i] * v_bit - v_mask  # [v (c - m)]
-        e = zero - np.uint64(e0[i])
+        e = zero - word(e0[i])
         out[i] = (gate[i] & e) + ((v_value ^ e) - e)  # e [x] + (1 - 2e) [v x]
 
 
@@ -178,7 +198,8 @@ def select(
     `value` is this party's share of x itself. Linear in what was dealt: no message is needed.
     """
     out = torch.empty_like(value)
-    _select(_u64(public), _u64(mask), _u64(masked), _u64(value), _u64(rho), flip.numpy(), e.numpy(), first, _u64(out))
+    left, right = (_words(public), _words(mask), _words(masked)), (_words(value), _words(rho))
+    _select(*left, *right, flip.numpy(), e.numpy(), first, _words(out))
     return out
 
 
@@ -196,23 +217,26 @@ def _relu_truncate(
     first: bool,
     out: Array,
 ) -> None:
-    shift, up = np.uint64(bits), np.uint64(64 - bits)
-    offset = np.uint64(1) << np.uint64(62 - bits)
-    zero = np.uint64(0)
+    word: Any = out.dtype.type
+    source: Any = c.dtype.type
+    ring = 8 * c.itemsize
+    shift, top, one = source(bits), source(ring - 1), source(1)
+    wrap = word(1 << (ring - bits)) if ring - bits < 8 * out.itemsize else word(0)
+    zero = word(0)
     for i in range(out.size):
-        w = zero - np.uint64(flip[i])
-        gate = zero - ((c[i] >> np.uint64(63)) ^ np.uint64(1))  # all ones where msb(c) = 0
-        known = (c[i] >> shift) - offset
-        m, rho_m = (np.uint64(msb_r[i]) << up) & gate, (np.uint64(rho_msb[i]) << up) & gate
+        w = zero - word(flip[i])
+        gate = zero - word((c[i] >> top) ^ one)  # all ones where msb(c) = 0
+        known = word(c[i] >> shift)
+        m, rho_m = (word(msb_r[i]) * wrap) & gate, (word(rho_msb[i]) * wrap) & gate
         mask, masked = shifted_r[i] - m, rho_r[i] - rho_m  # y = known - mask
         v_mask = ((masked ^ w) - w) + (mask & w)
         v_bit = (rho[i] ^ w) - w
         y = zero - mask
         if first:
-            v_bit += w & np.uint64(1)
+            v_bit += w & word(1)
             y += known
         v_y = known * v_bit - v_mask
-        e = zero - np.uint64(e0[i])
+        e = zero - word(e0[i])
         out[i] = (y & e) + ((v_y ^ e) - e)
 
 
@@ -229,47 +253,52 @@ def relu_truncate(
     *,
     first: bool,
 ) -> Tensor:
-    """`truncate` and `select` in one pass: a share of (e xor v) y, y the truncation of x."""
+    """A share of (e xor v) y, y the truncation of x, in the ring of what was dealt; c = x + r of Z_2^k.
+
+    No offset is added to x, as in `truncate`: where x is kept, it is not negative, and then
+    y = (c >> f) - (r >> f) + msb(r) (1 - msb(c)) 2^(k-f) for every x of the ring (see `comparison.Select`).
+    """
     out = torch.empty_like(shifted_r)
     _relu_truncate(
-        _u64(c),
-        _u64(shifted_r),
+        _words(c),
+        _words(shifted_r),
         msb_r.reshape(-1).numpy(),
-        _u64(rho),
-        _u64(rho_r),
+        _words(rho),
+        _words(rho_r),
         rho_msb.reshape(-1).numpy(),
         flip.numpy(),
         e.numpy(),
         bits,
         first,
-        _u64(out),
+        _words(out),
     )
     return out
 
 
 def bit_share(rho: Tensor, flip: Tensor, e: Tensor, *, first: bool) -> Tensor:
-    """A share of e xor flip xor rho, in Z_2^64; `flip` and `e` are known to both."""
-    public = (flip ^ e).to(torch.int64).view(rho.shape)
+    """A share of e xor flip xor rho, in the ring of `rho`; `flip` and `e` are known to both."""
+    public = (flip ^ e).to(rho.dtype).view(rho.shape)
     return (1 - 2 * public) * rho + (public if first else 0)
 
 
 @njit(nogil=True, cache=True)
 def _bit(value: Array, position: int, out: Array) -> None:
-    shift = np.uint64(position)
+    word: Any = value.dtype.type
+    shift, one = word(position), word(1)
     for i in range(out.size):
-        out[i] = np.uint8((value[i] >> shift) & np.uint64(1))
+        out[i] = np.uint8((value[i] >> shift) & one)
 
 
 def bit(value: Tensor, position: int) -> Tensor:
     """One bit of every element, flat, as uint8."""
     out = torch.empty(value.numel(), dtype=torch.uint8)
-    _bit(_u64(value), position, out.numpy())
+    _bit(_words(value), position, out.numpy())
     return out
 
 
 @njit(nogil=True, cache=True)
 def _shift_right(value: Array, bits: int, out: Array) -> None:
-    shift = np.uint64(bits)
+    shift = value.dtype.type(bits)
     for i in range(out.size):
         out[i] = value[i] >> shift
 
@@ -277,20 +306,21 @@ def _shift_right(value: Array, bits: int, out: Array) -> None:
 def shift_right(value: Tensor, bits: int) -> Tensor:
     """The unsigned value divided by 2^bits, rounded down."""
     out = torch.empty_like(value)
-    _shift_right(_u64(value), bits, _u64(out))
+    _shift_right(_words(value), bits, _words(out))
     return out
 
 
 @njit(nogil=True, cache=True)
 def _gate(bits: Array, value: Array, out: Array) -> None:
+    word: Any = value.dtype.type
     for i in range(out.size):
-        out[i] = value[i] & (np.uint64(0) - np.uint64(bits[i]))
+        out[i] = value[i] & (word(0) - word(bits[i]))
 
 
 def gate(bits: Tensor, value: Tensor) -> Tensor:
     """The value where the bit is 1, else 0; the bits are flat, as uint8."""
     out = torch.empty_like(value)
-    _gate(bits.reshape(-1).numpy(), _u64(value), _u64(out))
+    _gate(bits.reshape(-1).numpy(), _words(value), _words(out))
     return out
 
 
@@ -302,11 +332,14 @@ def correction(value: Tensor, share0: Tensor) -> Tensor:
 
 
 def low_bits(value: Tensor, bits: int) -> Tensor:
-    return value & wrapped((1 << bits) - 1)
+    """The lowest bits as integers, in int64."""
+    return value.to(torch.int64) & wrapped((1 << bits) - 1)
 
 
-def _u64(value: Tensor) -> Array:
-    return value.reshape(-1).numpy().view(np.uint64)
+def _words(value: Tensor) -> Array:
+    """The elements, flat and unsigned."""
+    flat = value.reshape(-1).numpy()
+    return flat.view(np.uint32 if flat.itemsize == 4 else np.uint64)
 
 
 # --- Z_{2^64 - 1}: residues 0 .. 2^64 - 2, held as int64 (SecureNN's odd ring) ---
@@ -323,7 +356,7 @@ def _odd_add(a: Array, b: Array, out: Array) -> None:
 def odd_add(a: Tensor, b: Tensor) -> Tensor:
     """a + b mod 2^64 - 1."""
     out = torch.empty_like(a)
-    _odd_add(_u64(a), _u64(b), _u64(out))
+    _odd_add(_words(a), _words(b), _words(out))
     return out
 
 

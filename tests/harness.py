@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 
@@ -9,7 +10,8 @@ import torch
 
 from tacit.ir import ops as _ops  # noqa: F401  (fills the registry)
 from tacit.ir.build import Builder
-from tacit.ir.op import Level, Op, Sample
+from tacit.ir.errors import PlanError
+from tacit.ir.op import Level, Op, Sample, inferred
 from tacit.ir.ops.roles import Input, Mask, Reveal, Weight
 from tacit.ir.plan import Plan
 from tacit.ir.types import Batch, Type
@@ -24,8 +26,38 @@ def samples(level: Level) -> list[tuple[str, Sample]]:
     out = []
     for name, op in sorted(Op.registry.items()):
         if level in op.levels:
-            out += [(f"{name}-{i}", sample) for i, sample in enumerate(op.samples())]
+            own = list(enumerate(op.samples()))
+            out += [(f"{name}-{i}", sample) for i, sample in own]
+            if level is Level.PROTOCOL:
+                out += [(f"{name}-{i}-{rings}", small) for i, sample in own for rings, small in in_small_ring(sample)]
     return out
+
+
+def in_small_ring(sample: Sample) -> list[tuple[str, Sample]]:
+    """The sample with its operands, its result, or both in Z_2^32, as wide there as the op takes; none if it cannot."""
+    out = []
+    for ring, target in ((32, 32), (32, 64), (64, 32)):
+        changes: dict[str, int] = {"ring": target} if sample.op.changes_ring else {}
+        if ring not in sample.op.rings or target not in sample.op.rings or (ring != target and not changes):
+            continue
+        if hasattr(sample.op, "window"):
+            changes["window"] = min(sample.op.window, ring)
+        op = dataclasses.replace(sample.op, **changes)  # type: ignore[type-var]
+        for width in (ring, ring - 1, ring - 2):
+            args = tuple(_in_ring(t, ring, width) for t in sample.args)
+            try:
+                inferred(op, args)
+                op.parts(*(t.at(1) for t in args))
+            except PlanError:
+                continue
+            out.append((f"r{ring}" if ring == target else f"r{ring}to{target}", Sample(op, args)))
+            break
+    return out
+
+
+def _in_ring(declared: Type, ring: int, width: int) -> Type:
+    width = ring if declared.kind == "masked" else min(declared.width, width)
+    return declared.with_(ring=ring, width=width)
 
 
 def params(level: Level) -> dict[str, object]:

@@ -26,7 +26,10 @@ BATCHES = (1, 7, 200)
 
 def test_every_op_has_samples() -> None:
     named = {name for level in Level for name, _ in samples(level)}
-    assert {name.rsplit("-", 1)[0] for name in named} == set(Op.registry)
+    assert {name.split("-")[0] for name in named} == set(Op.registry)
+    for name, op in Op.registry.items():
+        small = {n for n, _ in samples(Level.PROTOCOL) if n.split("-")[0] == name and "-r" in n}
+        assert bool(small) == (32 in op.rings and Level.PROTOCOL in op.levels), name
 
 
 @pytest.mark.parametrize(**params(Level.PROTOCOL))
@@ -36,7 +39,8 @@ def test_secure_run_equals_oracle_bit_for_bit(sample: Sample) -> None:
         _, _, _, trace, brought = run_plan(plan, batch)
         clear = clear_values(plan, brought, trace)
         for name, value in trace.values.items():
-            assert torch.equal(value, clear[name]), f"%{name} at batch {batch}"
+            assert value.dtype == plan.node(name).type.dtype
+            assert torch.equal(value, clear[name].to(value.dtype)), f"%{name} at batch {batch}"
 
 
 @pytest.mark.parametrize(**params(Level.PROTOCOL))

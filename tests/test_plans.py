@@ -86,7 +86,8 @@ def stages(model: nn.Module, x: Tensor, reveal: str, protocol: str = "fused") ->
     "name", ["small", "residual", "norm_first", "used_twice", "relu_used_twice", "branches", "constants"]
 )
 def test_every_pass_keeps_the_result(name: str, protocol: str) -> None:
-    """At the model level to rounding of float64; from real to fixed within tolerance; below it to the bit."""
+    """At the model level to rounding of float64; from real to fixed within tolerance; below it to the bit, but where
+    weights are rounded again."""
     cases = {
         "small": (nn.Sequential(*list(SMALL)[:-1]), (1, 8, 8)),
         "residual": (models.Residual(), (3, 6, 6)),
@@ -108,7 +109,7 @@ def test_every_pass_keeps_the_result(name: str, protocol: str) -> None:
         after = after if draft.plan.level is Level.MODEL else after.double() / 2.0**result.type.frac
         if before is not None:
             # The textbook suite truncates after its ReLU and compares all bits in max pool: one unit of rounding apart.
-            loose = title == "lower_to_protocol" and protocol == "securenn"
+            loose = (title == "lower_to_protocol" and protocol == "securenn") or title == "spare_weight_bits"
             limit = 2**-9 if (level is not draft.plan.level and not exact) or loose else 1e-9
             assert (after - before).abs().max() <= limit, title
         before, level = after, draft.plan.level

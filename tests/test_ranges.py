@@ -146,7 +146,7 @@ def test_the_oracle_finds_overflow_and_names_the_layer() -> None:
 def test_overflow_is_found_where_the_ring_itself_wraps() -> None:
     """Products so large that what is left modulo 2^64 may look harmless."""
     secure, x = calibrated()
-    secure._weights = {k: w * 2**34 + 1 for k, w in secure._weights.items()}
+    secure._weights = {k: w.long() * 2**34 + 1 for k, w in secure._weights.items()}
     with pytest.raises(tacit.RangeError, match="module '0'"):
         secure.reference(x, check=True)
 

@@ -11,7 +11,7 @@ from tacit.ir.op import Level, Op, Program, Sample, Subprotocol, expect, expect_
 from tacit.ir.ops import securenn
 from tacit.ir.ops.comparison import Select, check_window
 from tacit.ir.ranges import Interval
-from tacit.ir.types import RING_BITS, Batch, Type
+from tacit.ir.types import DTYPES, RING_BITS, Batch, Type
 
 if TYPE_CHECKING:
     from tacit.runtime.party import Party
@@ -72,6 +72,7 @@ class Positive(FixedPositive):
 
     name = "positive"
     levels = _PROTOCOL
+    rings = tuple(DTYPES)
 
     window: int = RING_BITS
 
@@ -80,7 +81,7 @@ class Positive(FixedPositive):
         return super().infer(x)
 
     def parts(self, x: Type) -> tuple[Subprotocol, ...]:
-        return (Select(x.dims, self.window, relu=False, bit=True),)
+        return (Select(x.dims, self.window, relu=False, bit=True, ring=x.ring, target=x.ring),)
 
     def run(self, party: Party, *args: Any) -> Program:
         return (yield from party.part(*args))[0]
@@ -96,6 +97,7 @@ class Choose(FixedChoose):
 
     name = "choose"
     levels = _PROTOCOL
+    rings = tuple(DTYPES)
 
     window: int = RING_BITS
 
@@ -104,7 +106,7 @@ class Choose(FixedChoose):
         return super().infer(x, value)
 
     def parts(self, x: Type, value: Type) -> tuple[Subprotocol, ...]:
-        return (Select(x.dims, self.window, relu=False, payloads=1),)
+        return (Select(x.dims, self.window, relu=False, payloads=1, ring=x.ring, target=x.ring),)
 
     def run(self, party: Party, *args: Any) -> Program:
         return (yield from party.part(*args))[0]

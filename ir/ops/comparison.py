@@ -25,13 +25,12 @@ from tacit.ir.cost import (
     P1,
     P2,
     PRF,
-    RING,
-    RING_BYTES,
     Cost,
     Randomness,
     links,
     packed_bits,
     prime_field,
+    ring_bytes,
     small_ring,
 )
 from tacit.ir.digits import Digits
@@ -42,55 +41,61 @@ if TYPE_CHECKING:
     from tacit.runtime.party import Party
 
 Tensor = torch.Tensor
-# Truncation holds for -2^62 <= x < 2^62: a signed width of 63 bits.
-TRUNCATION_WIDTH = 63
-_OFFSET = 1 << 62
+# Truncation holds for -2^62 <= x < 2^62: a signed width of 63 bits; in Z_2^32, of 31.
+TRUNCATION_WIDTH = RING_BITS - 1
 
 
 @dataclass(frozen=True)
 class Truncate(Subprotocol):
-    """floor((x + t) / 2^bits) for -2^62 <= x < 2^62, with t = 2^bits - 1 - (c mod 2^bits), c = x + 2^62 + r.
+    """floor((x + t) / 2^bits) for -2^(k-2) <= x < 2^(k-2), x in Z_2^k, t = 2^bits - 1 - (c mod 2^bits).
 
+    c = x + 2^(k-2) + r is opened. As integers x + 2^(k-2) = c - r + 2^k [c < r], and the wrap is local:
+    [c < r] = msb(r) (1 - msb(c)). So the result may live in any ring (`target`): r >> bits and msb(r) are dealt in it.
     t is uniform and known to P0 and P1, who could have drawn it themselves: that is the functionality,
     and it is perfectly simulated. No element ever fails, unlike in local (SecureML) truncation.
     """
 
     shape: Shape
     bits: int
+    ring: int = RING_BITS  # k
+    target: int = RING_BITS
 
     def randomness(self) -> tuple[Randomness, ...]:
         return (
-            Randomness("r", self.shape, RING, PRF),
-            Randomness("r shifted", self.shape, RING, DEALT),
-            Randomness("r msb", self.shape, small_ring(self.bits), DEALT),
+            Randomness("r", self.shape, small_ring(self.ring), PRF),
+            Randomness("r shifted", self.shape, small_ring(self.target), DEALT),
+            Randomness("r msb", self.shape, small_ring(wrap_bits(self.bits, self.ring, self.target)), DEALT),
         )
 
     def cost(self) -> Cost:
-        size = RING_BYTES * math.prod(self.shape)
+        size = ring_bytes(self.ring, self.shape)
         return Cost(1, links(p0_p1=size, p1_p0=size))
 
     def deal(self, party: Party) -> Material:
-        r = party.mask("r", self.shape)
-        return _share_truncation(party, r, self.shape, self.bits)
+        r = party.mask("r", self.shape, bits=self.ring)
+        return _share_truncation(party, r, self.shape, self.bits, self.target)
 
     def run(self, party: Party, material: Material, *values: Any) -> Program:
         if party.rank == P2:
             yield from party.open(None)
             return None
-        (c,) = yield from party.open(values[0] + material["r"] + (_OFFSET if party.first else 0))
+        offset = 1 << (self.ring - 2)
+        (c,) = yield from party.open(values[0] + material["r"] + (offset if party.first else 0))
         party.note_offset(c, self.bits)
         return party.ring.truncate(c, material["r shifted"], material["r msb"], self.bits, first=party.first)
 
 
-def _share_truncation(party: Party, r: Tensor, shape: Shape, bits: int) -> Material:
-    """[r >> bits] in the ring, and [msb(r)] modulo 2^bits: it is only used times 2^(64 - bits)."""
-    at_p2 = party.rank == P2
-    shifted = party.share("r shifted", shape, party.ring.shift_right(r, bits) if at_p2 else None)
-    element = small_ring(bits)
-    dtype = party.ring.SMALL_DTYPES[element.word_bytes]
-    msb = party.share(
-        "r msb", shape, party.ring.bit(r, 63).view(shape) if at_p2 else None, element=element, dtype=dtype
-    )
+def wrap_bits(bits: int, ring: int, target: int) -> int:
+    """msb(r) is dealt modulo 2^this: it is only used times 2^(ring - bits), modulo 2^target."""
+    return max(1, target - (ring - bits))
+
+
+def _share_truncation(party: Party, r: Tensor, shape: Shape, bits: int, target: int) -> Material:
+    """[r >> bits] in the ring of the result, and [msb(r)]."""
+    at_p2, ring = party.rank == P2, party.ring.bits_of(r)
+    shifted = party.share("r shifted", shape, party.ring.shift_right(r, bits) if at_p2 else None, bits=target)
+    top = party.ring.bit(r, ring - 1).view(shape) if at_p2 else None
+    msb = party.share("r msb", shape, top, bits=wrap_bits(bits, ring, target))
     return {} if shifted is None or msb is None else {"r": r, "r shifted": shifted, "r msb": msb}
 
 
@@ -104,6 +109,11 @@ class Select(Subprotocol):
     many other values are selected by the same bit, each behind a mask of its own.
 
     Range: -2^(window-1) <= x < 2^(window-1) - 2^drop. Outside it the sign is random: a compile-time fact.
+
+    x is in Z_2^ring; a truncated x may come out in another ring, `target`: with C = c >> drop and R = r >> drop,
+    the sign is the top bit of C - R mod 2^(ring-drop). Where it is 0, C - R + 2^(ring-drop) [C < R] is the truncated
+    x, and [C < R] = msb(R) (1 - msb(C)), because C - R is then closer to 0 than half the ring: no offset, and no bit
+    of the ring is lost.
     """
 
     shape: Shape
@@ -113,6 +123,8 @@ class Select(Subprotocol):
     relu: bool = True
     bit: bool = False
     payloads: int = 0
+    ring: int = RING_BITS
+    target: int = RING_BITS
 
     @property
     def n(self) -> int:
@@ -124,52 +136,54 @@ class Select(Subprotocol):
         return Digits(self.window - 1 - self.drop)
 
     def randomness(self) -> tuple[Randomness, ...]:
-        items = [Randomness("r", self.shape, RING, PRF)]
+        source, target = small_ring(self.ring), small_ring(self.target)
+        items = [Randomness("r", self.shape, source, PRF)]
         if self.relu and self.truncate:
-            small = small_ring(self.truncate)
-            items += [Randomness("r shifted", self.shape, RING, DEALT), Randomness("r msb", self.shape, small, DEALT)]
-        items += [digits_of(self.digits, self.n), Randomness("rho", self.shape, RING, DEALT)]
+            small = small_ring(self._wrap_bits)
+            items += [Randomness("r shifted", self.shape, target, DEALT), Randomness("r msb", self.shape, small, DEALT)]
+        items += [digits_of(self.digits, self.n), Randomness("rho", self.shape, target, DEALT)]
         if self.relu:
-            items.append(Randomness("rho r", self.shape, RING, DEALT))
+            items.append(Randomness("rho r", self.shape, target, DEALT))
         if self.relu and self.truncate:
             items.append(Randomness("rho msb", self.shape, small, DEALT))
         for _ in range(self.payloads):
             items += [
-                Randomness("payload r", self.shape, RING, PRF),
-                Randomness("rho payload r", self.shape, RING, DEALT),
+                Randomness("payload r", self.shape, target, PRF),
+                Randomness("rho payload r", self.shape, target, DEALT),
             ]
         return (*items, *blinding_of(self.digits, self.n))
 
+    @property
+    def _wrap_bits(self) -> int:
+        return wrap_bits(self.truncate, self.ring, self.target)
+
     def cost(self) -> Cost:
-        opened = RING_BYTES * self.n * (1 + self.payloads)
+        opened = ring_bytes(self.ring, self.shape) + self.payloads * ring_bytes(self.target, self.shape)
         blinded = prime_field(self.digits.p).wire_bytes((self.digits.positions, self.n))
         answer = packed_bits(self.n)
         return Cost(3, links(p0_p1=opened, p1_p0=opened, p0_p2=blinded, p1_p2=blinded, p2_p0=answer, p2_p1=answer))
 
     def deal(self, party: Party) -> Material:
-        at_p2, shape = party.rank == P2, self.shape
-        r = party.mask("r", shape)
+        at_p2, shape, target = party.rank == P2, self.shape, self.target
+        r = party.mask("r", shape, bits=self.ring)
         material: Material = {"r": r}
         if self.relu and self.truncate:
-            material |= _share_truncation(party, r, shape, self.truncate)
+            material |= _share_truncation(party, r, shape, self.truncate, target)
         shared = {"bits": party.share_digits(r if at_p2 else None, self.drop, self.digits, self.n)}
         rho = party.own().bits(shape) if at_p2 else torch.empty(0)
-        shared["rho"] = party.share("rho", shape, rho if at_p2 else None)
+        shared["rho"] = party.share("rho", shape, rho if at_p2 else None, bits=target)
         if self.relu:
             masked = party.ring.shift_right(r, self.truncate) if self.truncate and at_p2 else r
-            shared["rho r"] = party.share("rho r", shape, party.ring.gate(rho, masked) if at_p2 else None)
+            gated = party.ring.gate(rho, masked) if at_p2 else None
+            shared["rho r"] = party.share("rho r", shape, gated, bits=target)
         if self.relu and self.truncate:
-            element = small_ring(self.truncate)
-            msb = rho & party.ring.bit(r, 63).view(shape) if at_p2 else None
-            shared["rho msb"] = party.share(
-                "rho msb", shape, msb, element=element, dtype=party.ring.SMALL_DTYPES[element.word_bytes]
-            )
+            msb = rho & party.ring.bit(r, self.ring - 1).view(shape) if at_p2 else None
+            shared["rho msb"] = party.share("rho msb", shape, msb, bits=self._wrap_bits)
         for i in range(self.payloads):
-            mask = party.mask("payload r", shape)
+            mask = party.mask("payload r", shape, bits=target)
             material[f"payload r {i}"] = mask
-            shared[f"rho payload r {i}"] = party.share(
-                "rho payload r", shape, party.ring.gate(rho, mask) if at_p2 else None
-            )
+            gated = party.ring.gate(rho, mask) if at_p2 else None
+            shared[f"rho payload r {i}"] = party.share("rho payload r", shape, gated, bits=target)
         blinding = party.common_blinding(self.digits, self.n)
         if at_p2:
             return {"flip": party.ring.bit(r, self.window - 1) ^ rho.reshape(-1)}
@@ -179,19 +193,17 @@ class Select(Subprotocol):
         if party.rank == P2:
             return (yield from self._help(party, material))
         x, *payloads = values
-        offset = _OFFSET if self.truncate and party.first else 0
-        masked = [x + material["r"] + offset]
+        masked = [x + material["r"]]
         masked += [value + material[f"payload r {i}"] for i, value in enumerate(payloads)]
         c, *opened = yield from party.open(*masked)
         if self.drop:
             party.note_offset(c, self.drop)
-        x_plus_r = c - _OFFSET if self.truncate else c
-        blinded = blind(party, material, x_plus_r, self.drop, self.digits)
+        blinded = blind(party, material, c, self.drop, self.digits)
         yield Round(send={P2: (blinded,)})
         got = yield Round(recv={P2: (Spec((packed_bits(self.n),), torch.uint8),)})
         flip = party.field.unpack_bits(got[P2][0], self.n)
         # DReLU = e xor v, where v = flip xor rho.
-        e = party.ring.bit(x_plus_r, self.window - 1) ^ material["beta"] ^ 1
+        e = party.ring.bit(c, self.window - 1) ^ material["beta"] ^ 1
         return self._outputs(party, material, x, c, payloads, opened, flip, e)
 
     def _help(self, party: Party, material: Material) -> Program:
@@ -279,7 +291,7 @@ ROOM_BITS = 4
 
 def check_window(x: Type, window: int, drop: int) -> None:
     """The condition under which a comparison of `window` bits gives the sign."""
-    expect(x.width <= window <= RING_BITS, f"a window of {window} bits does not hold {x}")
+    expect(x.width <= window <= x.ring, f"a window of {window} bits does not hold {x}")
     expect(
         drop == 0 or window - 1 - drop >= ROOM_BITS, f"dropping {drop} of {window} bits leaves too little to compare"
     )

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from tacit.ir.cost import DEALT, P2, PRF, RING, RING_BYTES, Cost, Randomness, links
+from tacit.ir.cost import DEALT, P2, PRF, Cost, Randomness, links, ring_bytes, small_ring
 from tacit.ir.op import Level, Material, Op, Program, Sample, Subprotocol, expect, expect_kind
 from tacit.ir.ranges import Interval
-from tacit.ir.types import RING_BITS, Batch, Shape, Type, broadcast
+from tacit.ir.types import DTYPES, RING_BITS, Batch, Shape, Type, broadcast
 from tacit.ir.windows import inside, output_size
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class FixedLinear(Product):
     def infer(self, x: Type, w: Type) -> Type:
         expect_kind("secret", x, w)
         expect(len(w.shape) == 2 and x.shape[-1] == w.shape[1], f"{x} does not fit a weight {w}")
-        return x.with_(shape=(*x.shape[:-1], w.shape[0]), frac=x.frac + w.frac, width=RING_BITS)
+        return x.with_(shape=(*x.shape[:-1], w.shape[0]), frac=x.frac + w.frac, width=x.ring)
 
     def product(self, ring: Any, x: Tensor, w: Tensor) -> Tensor:
         out: Tensor = ring.linear(x, w)
@@ -111,7 +111,7 @@ class FixedConv2d(Product):
             output_size(*args, ceil_mode=False)
             for args in zip(x.at(1).dims[2:], kernel[2:], self.stride, self.padding, self.dilation, strict=True)
         ]
-        return x.with_(shape=(x.shape[0], kernel[0], *out), frac=x.frac + w.frac, width=RING_BITS)
+        return x.with_(shape=(x.shape[0], kernel[0], *out), frac=x.frac + w.frac, width=x.ring)
 
     def product(self, ring: Any, x: Tensor, w: Tensor) -> Tensor:
         out: Tensor = ring.conv2d(x, w, self.stride, self.padding, self.dilation, self.groups)
@@ -167,7 +167,7 @@ class FixedMul(Product):
         expect_kind("secret", x, w)
         shape = broadcast(x.shape, w.shape)
         expect(shape == x.shape, f"{w} is larger than {x}")
-        return x.with_(shape=shape, frac=x.frac + w.frac, width=RING_BITS)
+        return x.with_(shape=shape, frac=x.frac + w.frac, width=x.ring)
 
     def product(self, ring: Any, x: Tensor, w: Tensor) -> Tensor:
         return x * w
@@ -187,18 +187,20 @@ class Triple(Subprotocol):
     op: Product
     x_shape: Shape
     out_shape: Shape
+    ring: int = RING_BITS
 
     def randomness(self) -> tuple[Randomness, ...]:
-        return (Randomness("triple a", self.x_shape, RING, PRF), Randomness("triple ab", self.out_shape, RING, DEALT))
+        words = small_ring(self.ring)
+        return (Randomness("triple a", self.x_shape, words, PRF), Randomness("triple ab", self.out_shape, words, DEALT))
 
     def cost(self) -> Cost:
-        size = RING_BYTES * torch.Size(self.x_shape).numel()
+        size = ring_bytes(self.ring, self.x_shape)
         return Cost(1, links(p0_p1=size, p1_p0=size))
 
     def deal(self, party: Party) -> Material:
-        a = party.mask("triple a", self.x_shape)
+        a = party.mask("triple a", self.x_shape, bits=self.ring)
         known = self.op.product(party.ring, a, party.operands[2])  # A B at P2, A_i F at P0 and P1
-        ab = party.share("triple ab", self.out_shape, known)
+        ab = party.share("triple ab", self.out_shape, known, bits=self.ring)
         return {} if ab is None else {"a": a, "ready": known.add_(ab)}
 
     def run(self, party: Party, material: Material, *values: Any) -> Program:
@@ -211,6 +213,7 @@ class _Beaver(Product):
     """The protocol of a product: operands x, w and the mask line of w."""
 
     levels = frozenset({Level.PROTOCOL})
+    rings = tuple(DTYPES)
 
     def infer(self, *args: Type) -> Type:
         expect(len(args) == 3, f"{self.name} takes x, w and the mask of w")
@@ -223,7 +226,7 @@ class _Beaver(Product):
         return self.product(oracle.ring, args[0], args[1])
 
     def parts(self, x: Type, w: Type, m: Type) -> tuple[Subprotocol, ...]:
-        return (Triple(self, x.dims, self.infer(x, w, m).dims),)
+        return (Triple(self, x.dims, self.infer(x, w, m).dims, x.ring),)
 
 
 class Linear(_Beaver, FixedLinear):
@@ -245,5 +248,5 @@ class Mul(_Beaver, FixedMul):
 
 
 def _samples(op: Product, x: Type, w: Type) -> tuple[Sample, ...]:
-    masked = (w.with_(kind="masked", width=64),) if isinstance(op, _Beaver) else ()
+    masked = (w.with_(kind="masked", width=w.ring),) if isinstance(op, _Beaver) else ()
     return (Sample(op, (x, w, *masked)),)

@@ -10,7 +10,7 @@ import torch
 
 from tacit.ir.op import LocalOp, Program, Sample, expect, expect_kind
 from tacit.ir.ranges import Interval
-from tacit.ir.types import RING_BITS, Batch, Shape, Type, broadcast
+from tacit.ir.types import Batch, Shape, Type, broadcast
 from tacit.ir.windows import Span, adaptive_spans, average_spans
 
 if TYPE_CHECKING:
@@ -20,9 +20,9 @@ Tensor = torch.Tensor
 _N = Batch()
 
 
-def _cap(width: int) -> int:
+def _grown(x: Type, width: int) -> int:
     """Widths inferred from types alone stop at the ring; range analysis says more."""
-    return min(width, RING_BITS)
+    return min(width, x.ring)
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Add(LocalOp):
     def infer(self, x: Type, y: Type) -> Type:
         expect_kind("secret", x, y)
         expect(x.frac == y.frac, f"scales differ: f{x.frac} and f{y.frac}; shift one of them first")
-        return x.with_(shape=broadcast(x.shape, y.shape), width=_cap(max(x.width, y.width) + 1))
+        return x.with_(shape=broadcast(x.shape, y.shape), width=_grown(x, max(x.width, y.width) + 1))
 
     def compute(self, ring: Any, *shares: Tensor) -> Tensor:
         return shares[0] + shares[1]
@@ -79,14 +79,14 @@ class AddPublic(LocalOp):
 
     def infer(self, x: Type) -> Type:
         expect_kind("secret", x)
-        return x.with_(width=_cap(max(x.width, self.value.bit_length() + 1) + 1))
+        return x.with_(width=_grown(x, max(x.width, self.value.bit_length() + 1) + 1))
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         value: int = oracle.ring.wrapped(self.value)
         return args[0] + value
 
     def run(self, party: Party, *args: Any) -> Program:
-        return args[0] + party.ring.wrapped(self.value) if party.first else args[0]
+        return args[0] + party.ring.wrapped(self.value, party.type.ring) if party.first else args[0]
         yield  # pragma: no cover  (makes this a generator)
 
     def bound(self, x: Interval) -> Interval:
@@ -108,10 +108,10 @@ class MulPublic(LocalOp):
 
     def infer(self, x: Type) -> Type:
         expect_kind("secret", x)
-        return x.with_(frac=x.frac + self.bits, width=_cap(x.width + abs(self.value).bit_length()))
+        return x.with_(frac=x.frac + self.bits, width=_grown(x, x.width + abs(self.value).bit_length()))
 
     def compute(self, ring: Any, *shares: Tensor) -> Tensor:
-        value: int = ring.wrapped(self.value)
+        value: int = ring.wrapped(self.value, ring.bits_of(shares[0]))
         return shares[0] * value
 
     def bound(self, x: Interval) -> Interval:
@@ -152,7 +152,7 @@ class _Pool(LocalOp):
         area = max(b - a for a, b in rows) * max(b - a for a, b in columns)
         most = area * int(self.factors(height, width, bits).max())
         grown = x.width + most.bit_length()
-        return x.with_(shape=(*x.shape[:2], len(rows), len(columns)), frac=x.frac + bits, width=_cap(grown))
+        return x.with_(shape=(*x.shape[:2], len(rows), len(columns)), frac=x.frac + bits, width=_grown(x, grown))
 
     def _compute(self, ring: Any, x: Tensor, bits: int) -> Tensor:
         height, width = x.shape[2:]
@@ -261,7 +261,7 @@ class Sum(LocalOp):
         expect_kind("secret", x)
         expect(all(0 < axis < len(x.shape) for axis in self.over), f"{self.over} are not axes of {x}, or the batch")
         shape = tuple(1 if i in self.over else d for i, d in enumerate(x.shape))
-        return x.with_(shape=shape, width=_cap(x.width + (self.count(x.at(1).dims) - 1).bit_length()))
+        return x.with_(shape=shape, width=_grown(x, x.width + (self.count(x.at(1).dims) - 1).bit_length()))
 
     def count(self, dims: Shape) -> int:
         return math.prod(dims[axis] for axis in self.over)
@@ -286,7 +286,7 @@ class SumBatch(LocalOp):
     def infer(self, x: Type) -> Type:
         expect_kind("secret", x)
         expect(len(x.shape) == 1, f"expected one number per batch element, found {x}")
-        return x.with_(shape=(1,), width=_cap(x.width + 31))
+        return x.with_(shape=(1,), width=_grown(x, x.width + 31))
 
     def compute(self, ring: Any, *shares: Tensor) -> Tensor:
         return shares[0].sum(0, keepdim=True)

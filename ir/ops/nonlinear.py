@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from tacit.ir.op import Level, Op, Program, Sample, Subprotocol, expect, expect_kind
-from tacit.ir.ops.comparison import TRUNCATION_WIDTH, Select, Truncate, check_window
+from tacit.ir.ops.comparison import Select, Truncate, check_window
 from tacit.ir.ranges import Interval
-from tacit.ir.types import RING_BITS, Batch, Shape, Type, bits_for
+from tacit.ir.types import DTYPES, RING_BITS, Batch, Shape, Type, bits_for
 from tacit.ir.windows import output_size
 
 if TYPE_CHECKING:
@@ -30,14 +30,25 @@ class Trunc(Op):
 
     name = "trunc"
     levels = _FIXED | _PROTOCOL
+    rings = tuple(DTYPES)
 
     bits: int
+    ring: int = RING_BITS
+
+    @property
+    def changes_ring(self) -> bool:
+        return True
+
+    def least_ring(self, *args: Type) -> int:
+        return max(args[0].width + 1, self.bits + 2)
 
     def infer(self, x: Type) -> Type:
         expect_kind("secret", x)
         expect(0 < self.bits <= x.frac, f"cannot truncate {x} by {self.bits} bits")
+        expect(self.bits <= x.ring - 2, f"cannot truncate {x} by {self.bits} bits")
         # The fixed level comes before range analysis: there, every width is still the ring's.
-        return x.with_(frac=x.frac - self.bits, width=max(min(x.width, TRUNCATION_WIDTH) - self.bits + 1, 3))
+        width = max(min(x.width, x.ring - 1) - self.bits + 1, 3)
+        return x.with_(frac=x.frac - self.bits, width=min(width, self.ring), ring=self.ring)
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         offset: Tensor = oracle.offset(args[0], self.bits)
@@ -47,8 +58,8 @@ class Trunc(Op):
         return x.truncated(self.bits)
 
     def parts(self, x: Type) -> tuple[Subprotocol, ...]:
-        expect(x.width <= TRUNCATION_WIDTH, f"{x} is too wide to be truncated: at most b{TRUNCATION_WIDTH}")
-        return (Truncate(x.dims, self.bits),)
+        expect(x.width < x.ring, f"{x} is too wide to be truncated: at most b{x.ring - 1}")
+        return (Truncate(x.dims, self.bits, x.ring, self.ring),)
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
@@ -70,7 +81,7 @@ class FixedReLU(Op):
 
     def infer(self, x: Type) -> Type:
         expect_kind("secret", x)
-        return Trunc(self.truncate).infer(x) if self.truncate else x
+        return Trunc(self.truncate, x.ring).infer(x) if self.truncate else x
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         value = Trunc(self.truncate).reference(oracle, *args) if self.truncate else args[0]
@@ -90,15 +101,28 @@ class ReLU(FixedReLU):
 
     name = "relu"
     levels = _PROTOCOL
+    rings = tuple(DTYPES)
 
     window: int = RING_BITS
+    ring: int = RING_BITS  # of a truncated result; else it is that of x
+
+    @property
+    def changes_ring(self) -> bool:
+        return self.truncate > 0
 
     def infer(self, x: Type) -> Type:
+        expect_kind("secret", x)
         check_window(x, self.window, self.truncate)
-        return super().infer(x)
+        if not self.truncate:
+            expect(self.ring == RING_BITS, "a result that is not truncated stays in its ring")
+            return x
+        out = super().infer(x)
+        # Unlike in a truncation alone, x may take all bits of its ring.
+        return out.with_(width=min(max(x.width - self.truncate + 1, 3), self.ring), ring=self.ring)
 
     def parts(self, x: Type) -> tuple[Subprotocol, ...]:
-        return (Select(x.dims, self.window, drop=self.truncate, truncate=self.truncate),)
+        target = self.ring if self.truncate else x.ring
+        return (Select(x.dims, self.window, self.truncate, self.truncate, ring=x.ring, target=target),)
 
     def run(self, party: Party, *args: Any) -> Program:
         return (yield from party.part(*args))[0]
@@ -228,13 +252,14 @@ class MaxPool2d(FixedMaxPool2d):
 
     name = "max_pool2d"
     levels = _PROTOCOL
+    rings = tuple(DTYPES)
 
     window: int = RING_BITS
 
     def infer(self, x: Type) -> Type:
         # A difference, also with a padded slot, takes one bit more than the values.
-        check_window(x.with_(width=min(x.width + 1, RING_BITS)), self.window, self.drop)
-        expect(x.width < RING_BITS, f"{x} leaves no room for a difference")
+        check_window(x.with_(width=min(x.width + 1, x.ring)), self.window, self.drop)
+        expect(x.width < x.ring, f"{x} leaves no room for a difference")
         return super().infer(x)
 
     @property
@@ -243,7 +268,10 @@ class MaxPool2d(FixedMaxPool2d):
 
     def parts(self, x: Type) -> tuple[Subprotocol, ...]:
         one = self.infer(x).dims
-        return tuple(Select((pairs, *one), self.window, drop=self.drop) for pairs in _levels(math.prod(self.kernel)))
+        return tuple(
+            Select((pairs, *one), self.window, drop=self.drop, ring=x.ring, target=x.ring)
+            for pairs in _levels(math.prod(self.kernel))
+        )
 
     def run(self, party: Party, *args: Any) -> Program:
         if party.rank > 1:
@@ -269,7 +297,7 @@ class FixedArgmax(Op):
     def infer(self, x: Type) -> Type:
         expect_kind("secret", x)
         expect(len(x.shape) == 2, f"expected N x classes, found {x}")
-        return Type("secret", x.shape[:1], 0, bits_for(0, x.at(1).dims[1] - 1))
+        return Type("secret", x.shape[:1], 0, bits_for(0, x.at(1).dims[1] - 1), x.ring)
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         best, index = args[0][:, 0], torch.zeros(len(args[0]), dtype=torch.int64)
@@ -292,20 +320,29 @@ class Argmax(FixedArgmax):
 
     name = "argmax"
     levels = _PROTOCOL
+    rings = tuple(DTYPES)
 
     window: int = RING_BITS
 
     def infer(self, x: Type) -> Type:
-        check_window(x.with_(width=min(x.width + 1, RING_BITS)), self.window, 0)
-        expect(x.width < RING_BITS, f"{x} leaves no room for a difference")
+        check_window(x.with_(width=min(x.width + 1, x.ring)), self.window, 0)
+        expect(x.width < x.ring, f"{x} leaves no room for a difference")
         return super().infer(x)
 
     def parts(self, x: Type) -> tuple[Subprotocol, ...]:
         n, classes = x.dims
-        pairs = _levels(classes)
+        pairs, ring = _levels(classes), x.ring
         # At the first level the indices are public: the bit alone selects them. The last level's maximum is not used.
         return tuple(
-            Select((count, n), self.window, relu=i < len(pairs) - 1, bit=i == 0, payloads=int(i > 0))
+            Select(
+                (count, n),
+                self.window,
+                relu=i < len(pairs) - 1,
+                bit=i == 0,
+                payloads=int(i > 0),
+                ring=ring,
+                target=ring,
+            )
             for i, count in enumerate(pairs)
         )
 
@@ -316,14 +353,14 @@ class Argmax(FixedArgmax):
                 yield from party.part()
             return None
         value = args[0].t().contiguous()
-        index = torch.arange(len(value)).reshape(-1, 1) * int(party.first)
+        index = torch.arange(len(value), dtype=value.dtype).reshape(-1, 1) * int(party.first)
         for i, part in enumerate(parts):
             half = part.shape[0]  # type: ignore[attr-defined]
             a, b = value[0 : 2 * half : 2], value[1 : 2 * half : 2]
             ia, ib = index[0 : 2 * half : 2], index[1 : 2 * half : 2]
             if i == 0:
                 *gain, bit = yield from party.part(a - b)
-                chosen = torch.arange(1, 2 * half, 2).reshape(-1, 1) * int(party.first) - bit
+                chosen = torch.arange(1, 2 * half, 2, dtype=bit.dtype).reshape(-1, 1) * int(party.first) - bit
                 index = index.expand(-1, value.shape[1])
             else:
                 *gain, step = yield from party.part(a - b, ia - ib)
@@ -362,16 +399,18 @@ class Equal(FixedEqual):
 
     name = "equal"
     levels = _PROTOCOL
+    rings = tuple(DTYPES)
 
     window: int = RING_BITS
 
     def infer(self, x: Type, y: Type) -> Type:
         for side in (x, y):
-            check_window(side.with_(width=side.width + 1), self.window, 0)
+            check_window(side.with_(width=min(side.width + 1, side.ring)), self.window, 0)
+            expect(side.width < side.ring, f"{side} leaves no room for a difference")
         return super().infer(x, y)
 
     def parts(self, x: Type, y: Type) -> tuple[Subprotocol, ...]:
-        return (Select((2, *x.dims), self.window, relu=False, bit=True),)
+        return (Select((2, *x.dims), self.window, relu=False, bit=True, ring=x.ring, target=x.ring),)
 
     def run(self, party: Party, *args: Any) -> Program:
         if party.rank > 1:

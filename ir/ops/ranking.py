@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tacit.ir.cost import BYTE, COMMON, P0, P1, P2, PRF, RING, RING_BYTES, Cost, Randomness, links
+from tacit.ir.cost import BYTE, COMMON, P0, P1, P2, PRF, RING, Cost, Randomness, links, ring_bytes, small_ring
 from tacit.ir.op import Level, Material, Program, Round, Spec, Subprotocol, expect
 from tacit.ir.ops.comparison import Select, check_window
 from tacit.ir.ops.nonlinear import FixedArgmax
-from tacit.ir.types import RING_BITS, Type
+from tacit.ir.types import DTYPES, RING_BITS, Type
 
 if TYPE_CHECKING:
     from tacit.runtime.party import Party
@@ -38,24 +38,25 @@ class LargestRank(Subprotocol):
 
     n: int
     classes: int
+    ring: int = RING_BITS
 
     def randomness(self) -> tuple[Randomness, ...]:
         shape = (self.n, self.classes)
         return (
             Randomness("order", shape, RING, COMMON),
             Randomness("refresh", shape, BYTE, COMMON),
-            Randomness("largest", shape, RING, PRF),
+            Randomness("largest", shape, small_ring(self.ring), PRF),
         )
 
     def cost(self) -> Cost:
         ranks = self.n * self.classes
-        return Cost(2, links(p0_p2=ranks, p1_p2=ranks, p2_p1=RING_BYTES * ranks))
+        return Cost(2, links(p0_p2=ranks, p1_p2=ranks, p2_p1=ring_bytes(self.ring, (ranks,))))
 
     def deal(self, party: Party) -> Material:
         shape = (self.n, self.classes)
         words = party.common("order", shape, RING, lambda stream: stream.ring(shape))
         refresh = party.common("refresh", shape, BYTE, lambda stream: stream.words(shape, torch.uint8))
-        mask = party.mask("largest", shape)
+        mask = party.mask("largest", shape, bits=self.ring)
         if words is None or refresh is None:
             return {"mask": mask}
         return {"mask": mask, "order": words.argsort(1), "refresh": refresh}
@@ -71,15 +72,15 @@ class LargestRank(Subprotocol):
         if party.first:
             yield Round()
         else:
-            got = yield Round(recv={P2: (Spec((self.n, self.classes), torch.int64),)})
+            got = yield Round(recv={P2: (Spec((self.n, self.classes), DTYPES[self.ring]),)})
             share = share + got[P2][0]
-        return (share * order).sum(1)
+        return (share * order).sum(1).to(share.dtype)
 
     def _help(self, material: Material) -> Program:
         spec = (Spec((self.n, self.classes), torch.uint8),)
         got = yield Round(recv={P0: spec, P1: spec})
         largest = got[P0][0] + got[P1][0] == self.classes - 1
-        yield Round(send={P1: (largest.long() - material["mask"],)})
+        yield Round(send={P1: (largest.to(DTYPES[self.ring]) - material["mask"],)})
 
 
 @dataclass(frozen=True)
@@ -88,19 +89,23 @@ class ArgmaxByRank(FixedArgmax):
 
     name = "argmax_by_rank"
     levels = frozenset({Level.PROTOCOL})
+    rings = tuple(DTYPES)
 
     window: int = RING_BITS
 
     def infer(self, x: Type) -> Type:
-        check_window(x.with_(width=min(x.width + 1, RING_BITS)), self.window, 0)
-        expect(x.width < RING_BITS, f"{x} leaves no room for a difference")
+        check_window(x.with_(width=min(x.width + 1, x.ring)), self.window, 0)
+        expect(x.width < x.ring, f"{x} leaves no room for a difference")
         expect(1 < x.at(1).dims[-1] <= MOST_CLASSES, f"{x}: ranks are for 2 to {MOST_CLASSES} classes")
         return super().infer(x)
 
     def parts(self, x: Type) -> tuple[Subprotocol, ...]:
         n, classes = x.dims
         pairs = classes * (classes - 1) // 2
-        return (Select((pairs, n), self.window, relu=False, bit=True), LargestRank(n, classes))
+        return (
+            Select((pairs, n), self.window, relu=False, bit=True, ring=x.ring, target=x.ring),
+            LargestRank(n, classes, x.ring),
+        )
 
     def run(self, party: Party, *args: Any) -> Program:
         if party.rank == P2:
@@ -112,6 +117,6 @@ class ArgmaxByRank(FixedArgmax):
         # A class beats a later one where it is at least as large, so the first of equals ranks highest.
         earlier, later = torch.triu_indices(classes, classes, 1)
         (bits,) = yield from party.part(value[earlier] - value[later])
-        ranks = torch.arange(classes)[:, None].expand(value.shape) * int(party.first)
+        ranks = torch.arange(classes, dtype=bits.dtype)[:, None].expand(value.shape) * int(party.first)
         ranks = ranks.index_add(0, earlier, bits).index_add(0, later, bits, alpha=-1)
         return (yield from party.part(ranks.t()))

@@ -59,7 +59,7 @@ class Interpolate(LocalOp):
         expect(self.kind in ("linear", "cubic"), f"'{self.kind}' is no kind of interpolation")
         shape = tuple(self.output if i == self.axis else d for i, d in enumerate(x.shape))
         most = int(self.coefficients(x.at(1).dims[self.axis]).abs().sum(1).max())
-        return x.with_(shape=shape, frac=x.frac + self.bits, width=min(64, x.width + most.bit_length()))
+        return x.with_(shape=shape, frac=x.frac + self.bits, width=min(x.ring, x.width + most.bit_length()))
 
     def _map(self, x: Tensor, matrix: Tensor) -> Tensor:
         """Sums over the few taps that each output has."""

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tacit.ir.cost import CLIENT, COMMON, OWNER, P0, P1, P2, PRF, RING, RING_BYTES, ROLES, Cost, Randomness, links
+from tacit.ir.cost import CLIENT, COMMON, OWNER, P0, P1, P2, PRF, ROLES, Cost, Randomness, links, ring_bytes, small_ring
 from tacit.ir.op import Level, Material, Op, Program, Round, Sample, Spec, Subprotocol, expect, expect_kind
 from tacit.ir.ranges import Interval
-from tacit.ir.types import Batch, Shape, Type, bits_for
+from tacit.ir.types import DTYPES, RING_BITS, Batch, Shape, Type, bits_for
 
 if TYPE_CHECKING:
     from tacit.runtime.party import Party
@@ -25,21 +25,23 @@ class Sharing(Subprotocol):
 
     owner: int
     shape: Shape
+    ring: int = RING_BITS
 
     def cost(self) -> Cost:
-        size = RING_BYTES * torch.Size(self.shape).numel()
+        size = ring_bytes(self.ring, self.shape)
         return Cost(1, links(**{f"{ROLES[self.owner]}_p1": size}))
 
     def run(self, party: Party, material: Material, *values: Any) -> Program:
+        dtype = DTYPES[self.ring]
         if party.rank == self.owner:
             assert party.value is not None
-            yield Round(send={P1: (party.value - party.prf(P0).ring(self.shape),)})
+            yield Round(send={P1: (party.value.to(dtype) - party.prf(P0).words(self.shape, dtype),)})
             return None
         if party.rank == P1:
-            got = yield Round(recv={self.owner: (Spec(self.shape, torch.int64),)})
+            got = yield Round(recv={self.owner: (Spec(self.shape, dtype),)})
             return got[self.owner][0]
         yield Round()
-        return party.prf(self.owner).ring(self.shape)
+        return party.prf(self.owner).words(self.shape, dtype)
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Input(Op):
     levels = frozenset(Level)
     roles = (P0, P1, CLIENT)
     declares = True
+    rings = tuple(DTYPES)
 
     label: str
     low: float
@@ -70,7 +73,7 @@ class Input(Op):
         return declared
 
     def parts(self, declared: Type) -> tuple[Subprotocol, ...]:
-        return (Sharing(CLIENT, declared.dims),)
+        return (Sharing(CLIENT, declared.dims, declared.ring),)
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
@@ -86,6 +89,7 @@ class Weight(Op):
     session = True
     declares = True
     roles = (P0, P1, OWNER)
+    rings = tuple(DTYPES)
 
     label: str
     owner: str = "owner"
@@ -96,7 +100,7 @@ class Weight(Op):
         return declared
 
     def parts(self, declared: Type) -> tuple[Subprotocol, ...]:
-        return (Sharing(OWNER, declared.dims),)
+        return (Sharing(OWNER, declared.dims, declared.ring),)
 
     def run(self, party: Party, *values: Any) -> Program:
         share = yield from party.part(*values)
@@ -112,16 +116,17 @@ class OpenMasked(Subprotocol):
     """P0 and P1 open W - B for a mask B that P2 dealt and keeps: uniform, so it tells them nothing."""
 
     shape: Shape
+    ring: int = RING_BITS
 
     def randomness(self) -> tuple[Randomness, ...]:
-        return (Randomness("weight mask", self.shape, RING, PRF),)
+        return (Randomness("weight mask", self.shape, small_ring(self.ring), PRF),)
 
     def cost(self) -> Cost:
-        size = RING_BYTES * torch.Size(self.shape).numel()
+        size = ring_bytes(self.ring, self.shape)
         return Cost(1, links(p0_p1=size, p1_p0=size))
 
     def deal(self, party: Party) -> Material:
-        return {"b": party.mask("weight mask", self.shape)}
+        return {"b": party.mask("weight mask", self.shape, bits=self.ring)}
 
     def run(self, party: Party, material: Material, *values: Any) -> Program:
         if party.rank == P2:
@@ -142,16 +147,17 @@ class Mask(Op):
     name = "mask"
     levels = frozenset({Level.PROTOCOL})
     session = True
+    rings = tuple(DTYPES)
 
     def infer(self, w: Type) -> Type:
         expect_kind("secret", w)
-        return w.with_(kind="masked", width=64)
+        return w.with_(kind="masked", width=w.ring)
 
     def reference(self, oracle: Any, w: Tensor) -> Tensor:
         return w
 
     def parts(self, w: Type) -> tuple[Subprotocol, ...]:
-        return (OpenMasked(w.dims),)
+        return (OpenMasked(w.dims, w.ring),)
 
     def run(self, party: Party, *values: Any) -> Program:
         return party.ring.column_major((yield from party.part(*values)))
@@ -169,21 +175,23 @@ class RevealTo(Subprotocol):
     """
 
     shape: Shape
+    ring: int = RING_BITS
 
     def randomness(self) -> tuple[Randomness, ...]:
-        return (Randomness("refresh", self.shape, RING, COMMON),)
+        return (Randomness("refresh", self.shape, small_ring(self.ring), COMMON),)
 
     def cost(self) -> Cost:
-        size = RING_BYTES * torch.Size(self.shape).numel()
+        size = ring_bytes(self.ring, self.shape)
         return Cost(1, links(p0_client=size, p1_client=size))
 
     def deal(self, party: Party) -> Material:
-        z = party.common("refresh", self.shape, RING, lambda stream: stream.ring(self.shape))
+        words, dtype = small_ring(self.ring), DTYPES[self.ring]
+        z = party.common("refresh", self.shape, words, lambda stream: stream.words(self.shape, dtype))
         return {} if z is None else {"z": z}
 
     def run(self, party: Party, material: Material, *values: Any) -> Program:
         if party.rank == CLIENT:
-            spec = (Spec(self.shape, torch.int64),)
+            spec = (Spec(self.shape, DTYPES[self.ring]),)
             got = yield Round(recv={P0: spec, P1: spec})
             return got[P0][0] + got[P1][0]
         (y,) = values
@@ -198,6 +206,7 @@ class Reveal(Op):
     name = "reveal"
     levels = _SHARED
     roles = (P0, P1, CLIENT)
+    rings = tuple(DTYPES)
 
     to: str = "client"
 
@@ -212,7 +221,7 @@ class Reveal(Op):
         return x
 
     def parts(self, x: Type) -> tuple[Subprotocol, ...]:
-        return (RevealTo(x.dims),)
+        return (RevealTo(x.dims, x.ring),)
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:

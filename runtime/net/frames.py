@@ -165,7 +165,7 @@ def tensor_bytes(message: Sequence[Tensor]) -> list[memoryview]:
 _NUMPY: dict[torch.dtype, type[np.generic]] = {
     torch.uint8: np.uint8,
     torch.uint16: np.uint16,
-    torch.uint32: np.uint32,
+    torch.int32: np.int32,
     torch.int64: np.int64,
 }
 

@@ -1,0 +1,134 @@
+"""Rings: values whose ranges allow it live in Z_2^32, at half the bytes and half the arithmetic of Z_2^64."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import networkx as nx
+
+from tacit.ir.ops.linear import Product
+from tacit.ir.ops.roles import Weight
+from tacit.ir.plan import Node, Plan
+from tacit.ir.types import SMALL_RING_BITS, Type
+from tacit.passes.bound import bound_ranges
+from tacit.passes.draft import Draft
+from tacit.passes.lower import lower_to_protocol
+from tacit.passes.quantise import EXTRA_WEIGHT_BITS, expand_to_fixed_point, fuse_truncation_into_relu, logit_error
+
+# The suite whose protocols work in both rings.
+_SUITE = "fused"
+
+
+def choose_rings(draft: Draft) -> Draft:
+    """Give every value Z_2^32 where its range and those of all values that share its ring fit, else Z_2^64.
+
+    Truncations, alone or fused into a ReLU, bring a value from either ring into either; whatever else an op reads
+    or gives is in one ring. The weights are then held in words of their ring.
+    """
+    plan = draft.plan
+    if plan.protocol != _SUITE:
+        return draft
+    small: set[str] = set().union(*(part for part in _shared_rings(plan) if _least_ring(plan, part) <= SMALL_RING_BITS))
+    plan = plan.with_nodes(_placed(node) if node.name in small else node for node in plan.nodes)
+    dtypes = {node.op.label: node.type.dtype for node in plan.find(Weight)}  # type: ignore[attr-defined]
+    return draft.with_(plan, {label: w.to(dtypes.get(label, w.dtype)) for label, w in draft.weights.items()})
+
+
+def _shared_rings(plan: Plan) -> list[set[str]]:
+    """The lines, in sets that have to share a ring."""
+    graph: nx.Graph[str] = nx.Graph()
+    graph.add_nodes_from(plan.by_name)
+    graph.add_edges_from((node.name, arg) for node in plan.nodes if not node.op.changes_ring for arg in node.args)
+    return list(nx.connected_components(graph))
+
+
+def _least_ring(plan: Plan, part: set[str]) -> float:
+    """The bits of the smallest ring in which these values, and what reads them, work; infinite where an op has one."""
+    bits = 1.0
+    for name in part:
+        node = plan.node(name)
+        if node.type.kind != "masked":
+            bits = max(bits, node.type.width)
+        for op in (node.op, *(user.op for user in plan.users(name))):
+            bits = bits if SMALL_RING_BITS in op.rings else math.inf
+        for user in plan.users(name):
+            bits = max(bits, user.op.least_ring(*plan.arg_types(user)))
+    return bits
+
+
+def _placed(node: Node) -> Node:
+    """The line in Z_2^32."""
+    op = replace(node.op, ring=SMALL_RING_BITS) if node.op.changes_ring else node.op  # type: ignore[type-var]
+    return replace(node, op=op, type=_in_small_ring(node.type))
+
+
+def _in_small_ring(declared: Type) -> Type:
+    return declared.with_(ring=SMALL_RING_BITS, width=min(declared.width, SMALL_RING_BITS))
+
+
+@dataclass(frozen=True)
+class _Spare:
+    """Products that would share Z_2^32 if their weights, and with them their results, had so many fewer bits."""
+
+    bits: int
+    origins: frozenset[str]  # lines of the model level
+    work: int
+
+
+def spare_weight_bits(draft: Draft) -> Draft:
+    """Products that miss Z_2^32 by a few bits get as many fewer fractional bits in their weights.
+
+    Weights have four bits more than activations, from which only rounding profits. They are given up for all such
+    products, or else for those with the most work, as far as the logits of the probes stay accurate. The network is
+    then written and bounded anew.
+    """
+    model = draft.model
+    if model is None or draft.plan.protocol != _SUITE:
+        return draft
+    chosen = sorted(_candidates(draft), key=lambda spare: -spare.work)
+    limit = _limit(model) if chosen else 0.0
+    while chosen:
+        spared = replace(model, spared={origin: spare.bits for spare in chosen for origin in spare.origins})
+        tried = bound_ranges(fuse_truncation_into_relu(expand_to_fixed_point(spared)))
+        fitting = _fitting(tried)
+        kept = [spare for spare in chosen if spare.origins <= fitting]
+        if kept == chosen:
+            if logit_error(spared)[0] <= limit:
+                return tried
+            kept = chosen[: len(chosen) // 2]
+        chosen = kept
+    return draft
+
+
+def _limit(model: Draft) -> float:
+    """The error that is allowed: as it is, or twice what `choose_scale` wants, which extrapolates. That is half of what
+    is promised; the rest is for inputs that are no probes."""
+    error, wanted = logit_error(model)
+    return max(error, 2 * wanted)
+
+
+def _candidates(draft: Draft) -> list[_Spare]:
+    plan = lower_to_protocol(draft).plan
+    out = []
+    for part in _shared_rings(plan):
+        excess = _least_ring(plan, part) - SMALL_RING_BITS
+        products = [plan.node(name) for name in part if isinstance(plan.node(name).op, Product)]
+        if products and 0 < excess <= EXTRA_WEIGHT_BITS:
+            origins = frozenset(node.origin for node in products)
+            out.append(_Spare(int(excess), origins, sum(_work(plan, node) for node in products)))
+    return out
+
+
+def _fitting(draft: Draft) -> set[str]:
+    """The lines of the model level whose products fit Z_2^32."""
+    plan = lower_to_protocol(draft).plan
+    parts = [part for part in _shared_rings(plan) if _least_ring(plan, part) <= SMALL_RING_BITS]
+    lines = [plan.node(name) for part in parts for name in part]
+    return {node.origin for node in lines if isinstance(node.op, Product)}
+
+
+def _work(plan: Plan, node: Node) -> int:
+    """Multiplications for one input."""
+    weight = plan.node(node.args[1]).type
+    return node.type.at(1).numel * weight.numel // weight.dims[0]
