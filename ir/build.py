@@ -88,8 +88,11 @@ class FixedBuilder(Builder):
     precision costs no bit of any comparison, because the truncation after its product drops it again.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], *, frac: int, weight_frac: int) -> None:
+    def __init__(
+        self, weights: Mapping[str, Tensor], *, frac: int, weight_frac: int, max_error: float = 2.0**-10
+    ) -> None:
         super().__init__(Level.FIXED)
+        self.max_error = max_error
         self.frac = frac
         self.weight_frac = weight_frac
         self._real = dict(weights)
@@ -156,6 +159,28 @@ class FixedBuilder(Builder):
 
         return self.emit(FixedReLU(max(0, self.types[x].frac - self.frac)), x)
 
+    def function(
+        self,
+        name: str,
+        x: str,
+        parameter: float = 0.0,
+        *,
+        frac: int | None = None,
+        error: float | None = None,
+        relative: bool = False,
+    ) -> str:
+        """A function of one number, by name (see `ir.functions`), with `frac` fractional bits; of x as it stands."""
+        from tacit.ir.ops.spline import FixedFunction
+
+        frac, error = self.frac if frac is None else frac, self.max_error if error is None else error
+        return self.emit(FixedFunction(name, self.types[x].frac, frac, error, parameter, relative), x)
+
+    def known(self, x: str, *, low: float = -(2.0**63), high: float = 2.0**63) -> str:
+        """x with the claim that its ring integers lie between low and high, roundings included."""
+        from tacit.ir.ops.known import Known
+
+        return self.emit(Known(low, high), x)
+
     def plus_scalar(self, x: str, value: float) -> str:
         from tacit.ir.ops.local import AddPublic
 
@@ -174,6 +199,11 @@ class FixedBuilder(Builder):
 
         excess = self.types[x].frac - self.frac
         return self.emit(Trunc(excess), x) if excess > 0 else x
+
+    def at_activation_scale(self, x: str) -> str:
+        """x with exactly `frac` fractional bits."""
+        x = self.at_scale(x)
+        return self.aligned(x, self.frac)
 
     def as_factor(self, x: str) -> str:
         """x as an operand of a product: a few bits above the scale are left to the next truncation, at no cost."""

@@ -38,6 +38,10 @@ def choose_scale(draft: Draft) -> Draft:
     exact = real.estimate(probes).double()
     trial = expand_to_fixed_point(real)
     fixed = trial.estimate(probes).double() / 2.0 ** trial.plan.node(trial.plan.result).type.frac
+    finite = exact.isfinite()  # a function may be undefined at a probe; range analysis names it
+    exact, fixed = exact[finite], fixed[finite]
+    if not len(exact):
+        return draft.with_(draft.plan, frac_bits=_TRIAL_FRAC)
     largest = float(exact.abs().max())
     allowed = _TOLERANCE * (min(1.0, max(largest, _LEAST_LOGIT)) if largest < 32 else largest / 32)
     error = float((fixed - exact).abs().max())
@@ -72,7 +76,7 @@ def expand_to_fixed_point(draft: Draft) -> Draft:
     """
     assert draft.frac_bits is not None
     plan, weight_frac = draft.plan, draft.frac_bits + _EXTRA_WEIGHT_BITS
-    b = FixedBuilder(draft.weights, frac=draft.frac_bits, weight_frac=weight_frac)
+    b = FixedBuilder(draft.weights, frac=draft.frac_bits, weight_frac=weight_frac, max_error=draft.max_error)
     names: dict[str, str] = {}
     for node in plan.nodes:
         with b.at(node.path, node.source, node.name):

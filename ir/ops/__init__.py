@@ -3,10 +3,12 @@
 from tacit.ir.ops import (
     activation,
     affine,
+    approximated,
     arithmetic,
     choice,
     compare,
     comparison,
+    known,
     linear,
     local,
     model,
@@ -18,15 +20,18 @@ from tacit.ir.ops import (
     roles,
     securenn,
     shaping,
+    spline,
 )
 
 __all__ = [
     "activation",
     "affine",
+    "approximated",
     "arithmetic",
     "choice",
     "compare",
     "comparison",
+    "known",
     "linear",
     "local",
     "model",
@@ -38,4 +43,5 @@ __all__ = [
     "roles",
     "securenn",
     "shaping",
+    "spline",
 ]
