@@ -35,7 +35,7 @@ def curve(op: FixedSpline, line: str = "", points: int = 20_000) -> Curve:
     half = torch.tensor(1 << (op.drop - 1) if op.drop else 0)
     found = op.spline.at(places, half).double() / 2.0**op.scale
     x = places.double() / 2.0**op.of
-    return Curve(op.function, line, x, FUNCTIONS[op.function].function(x, op.parameter), found)
+    return Curve(op.function, line, x, FUNCTIONS[op.function].function(x, *op.parameters), found)
 
 
 def curves(plan: Plan, points: int = 20_000) -> Iterator[Curve]:
@@ -43,7 +43,7 @@ def curves(plan: Plan, points: int = 20_000) -> Iterator[Curve]:
     seen = set()
     for node in plan.find(FixedSpline):
         assert isinstance(node.op, FixedSpline)
-        key = (node.op.function, node.op.parameter, node.op.of, node.op.spline)
+        key = (node.op.function, node.op.parameters, node.op.of, node.op.spline)
         if key not in seen and node.op.function in FUNCTIONS:
             seen.add(key)
             yield curve(node.op, node.name, points)

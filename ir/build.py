@@ -163,7 +163,7 @@ class FixedBuilder(Builder):
         self,
         name: str,
         x: str,
-        parameter: float = 0.0,
+        parameters: tuple[float, ...] = (),
         *,
         frac: int | None = None,
         error: float | None = None,
@@ -173,7 +173,7 @@ class FixedBuilder(Builder):
         from tacit.ir.ops.spline import FixedFunction
 
         frac, error = self.frac if frac is None else frac, self.max_error if error is None else error
-        return self.emit(FixedFunction(name, self.types[x].frac, frac, error, parameter, relative), x)
+        return self.emit(FixedFunction(name, self.types[x].frac, frac, error, parameters, relative), x)
 
     def known(self, x: str, *, low: float = -(2.0**63), high: float = 2.0**63) -> str:
         """x with the claim that its ring integers lie between low and high, roundings included."""
@@ -195,9 +195,13 @@ class FixedBuilder(Builder):
 
     def at_scale(self, x: str) -> str:
         """x with no more than `frac` fractional bits: truncated where it has more."""
+        return self.at_precision(x, self.frac)
+
+    def at_precision(self, x: str, frac: int) -> str:
+        """x with no more than that many fractional bits."""
         from tacit.ir.ops.nonlinear import Trunc
 
-        excess = self.types[x].frac - self.frac
+        excess = self.types[x].frac - frac
         return self.emit(Trunc(excess), x) if excess > 0 else x
 
     def at_activation_scale(self, x: str) -> str:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -32,6 +33,10 @@ MOST_DEGREE, _MOST_KNOTS = 3, 400
 _RESULT_BITS = 60
 # Where errors are looked at, dense towards both ends: a quick look, and another for what passes it.
 _GRIDS = tuple(np.cos(np.linspace(np.pi, 0.0, count)) for count in (17, 513))
+# From values at Chebyshev's points to coefficients of powers, for each degree.
+_POWERS = tuple(
+    np.linalg.inv(np.polynomial.polynomial.polyvander(chebyshev.chebpts1(d + 1), d)) for d in range(MOST_DEGREE + 1)
+)
 _ROUNDING = 2.0**-48  # of a polynomial of degree 3, in float64
 _COMPARED = (4, 5, 6, 7, 8, 10, 12, 16, 24)  # bits that comparisons may look at
 
@@ -59,7 +64,7 @@ class Spline:
     def origins(self) -> tuple[int, ...]:
         """The middle of each segment: powers of X - origin are then smallest."""
         ends = (self.low, *self.knots, self.high)
-        return tuple((a + b) >> 1 for a, b in zip(ends, ends[1:], strict=False))
+        return tuple((a + b) >> 1 for a, b in pairwise(ends))
 
     @property
     def segments(self) -> list[tuple[int, int, tuple[int, ...]]]:
@@ -91,7 +96,7 @@ class Spline:
         return out
 
     def ends(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Bounds of the result for low <= X <= high, element by element in float64: ends of segments and turning points.
+        """Bounds of the result for low <= X <= high, element by element in float64: at ends and turning points.
 
         Beyond the range of the fit, the outer polynomials go on.
         """
@@ -101,11 +106,12 @@ class Spline:
             begin = low if i == 0 else low.clamp(min=start)
             end = high.clamp(max=stop)
             used = begin <= end
-            size = sum(abs(a) * (end - origin).abs().maximum((begin - origin).abs()) ** j for j, a in enumerate(row))
+            reach = torch.maximum((end - origin).abs(), (begin - origin).abs())
+            size = sum((abs(a) * reach**j for j, a in enumerate(row)), torch.zeros_like(low))
             for place in (begin, end, *_turns(row, origin)):
                 place = torch.as_tensor(place, dtype=torch.float64).expand(low.shape)
                 inside = used & (place >= begin) & (place <= end)
-                value = sum(a * (place - origin) ** j for j, a in enumerate(row))
+                value = sum((a * (place - origin) ** j for j, a in enumerate(row)), torch.zeros_like(low))
                 least = torch.where(inside, torch.minimum(least, value - size * _ROUNDING), least)
                 greatest = torch.where(inside, torch.maximum(greatest, value + size * _ROUNDING), greatest)
         return least, greatest
@@ -137,7 +143,9 @@ def _cost(knots: int, degree: int, digits: Digits) -> float:
 
 
 @lru_cache(maxsize=4096)
-def fit(name: str, parameter: float, low: int, high: int, frac: int, *, error: float, relative: bool = False) -> Spline:
+def fit(
+    name: str, parameters: tuple[float, ...], low: int, high: int, frac: int, *, error: float, relative: bool = False
+) -> Spline:
     """The spline of the fewest bytes that approximates a known function for low <= X <= high, x = X / 2^frac.
 
     The error is at most `error` where |f(x)| <= 1 and `error` times |f(x)| above; with `relative`, `error` times
@@ -148,7 +156,7 @@ def fit(name: str, parameter: float, low: int, high: int, frac: int, *, error: f
     known.check(name, low / 2.0**frac, high / 2.0**frac)
 
     def function(x: Floats) -> Floats:
-        found: Floats = known.function(torch.from_numpy(x / 2.0**frac), parameter).numpy()
+        found: Floats = known.function(torch.from_numpy(x / 2.0**frac), *parameters).numpy()
         return found
 
     largest = float(np.abs(function(low + (high - low) * (_GRIDS[0] + 1) / 2)).max())
@@ -159,10 +167,15 @@ def fit(name: str, parameter: float, low: int, high: int, frac: int, *, error: f
     fitter = _Fitter(function, low, high, scale, error, relative)
     best: Spline | None = None
     for degree in range(MOST_DEGREE, 0, -1):  # the most likely first: it limits what the others may take
-        for compared in (*(c for c in _COMPARED if c < window - 1), window - 1):
-            limit = _MOST_KNOTS if best is None else _affordable(best, degree, window, compared)
-            found = fitter.run(degree, window - 1 - compared, limit)
-            if found and (best is None or found.bytes_of_element(window) < best.bytes_of_element(window)):
+        fewest = 0
+        # All bits first: knots anywhere, so that none of the coarser ones needs fewer.
+        for compared in (window - 1, *(c for c in _COMPARED if c < window - 1)):
+            most = _MOST_KNOTS if best is None else _affordable(best, degree, window, compared)
+            found = fitter.run(degree, window - 1 - compared, most) if most >= fewest else None
+            if found is None:
+                continue
+            fewest = fewest or len(found.knots)
+            if best is None or found.bytes_of_element(window) < best.bytes_of_element(window):
                 best = found
     if best is None:
         raise CompileError(
@@ -180,10 +193,10 @@ def _affordable(best: Spline, degree: int, window: int, compared: int) -> int:
 
 
 def _outward(low: int, high: int) -> tuple[int, int]:
-    """The range rounded outwards to three significant bits, so that ranges alike share their fit."""
+    """The range rounded outwards to two significant bits, so that ranges alike share their fit."""
 
     def rounded(value: int, up: bool) -> int:
-        step = 1 << max(0, abs(value).bit_length() - 3)
+        step = 1 << max(0, abs(value).bit_length() - 2)
         return -(-value // step) * step if up else value // step * step
 
     low, high = rounded(low, False), rounded(high, True)
@@ -259,19 +272,25 @@ class _Fitter:
             # Lower powers have room for longer segments: their coefficients are larger integers.
             if d > 1 and d * math.log2(max(half, 1.0)) > self.scale + 8:
                 continue
-            fitted = chebyshev.cheb2poly(
-                chebyshev.chebinterpolate(lambda z: self.function(np.clip(centre + half * z, left, right) + origin), d)
-            )
+            grids = [np.clip(np.round(centre + half * z), left, right) for z in _GRIDS]
+            nodes = np.clip(centre + half * chebyshev.chebpts1(d + 1), left, right)
+            fitted = _POWERS[d] @ self.function(nodes + origin)
+            if not self._accurate(fitted, (grids[0] - centre) / half, centre + origin, half):
+                return None
             row = self._integers(fitted, centre, half)
-            if all(self._accurate(row, np.clip(np.round(centre + half * z), left, right), origin) for z in _GRIDS):
+            rounded = np.array(row, dtype=np.float64) / 2.0**self.scale
+            if all(self._accurate(rounded, places, origin) for places in grids):
                 return (*row, *(0,) * (degree - len(row) + 1))
         return None
 
-    def _accurate(self, row: tuple[int, ...], places: Floats, origin: int) -> bool:
-        exact = self.function(places + origin)
+    def _accurate(self, row: Floats, places: Floats, origin: float, unit: float = 1.0) -> bool:
+        """Of a polynomial in (X - origin) / unit, at some places of that."""
+        exact = self.function(np.clip(places * unit + origin, self.low, self.high))
         size = np.abs(exact)
         allowed = self.error * (size if self.relative else np.maximum(size, 1.0))
-        found = np.polynomial.polynomial.polyval(places, np.array(row, dtype=np.float64)) / 2.0**self.scale
+        found = row[-1]
+        for coefficient in row[-2::-1]:
+            found = found * places + coefficient
         return bool((np.abs(found - exact) <= allowed).all())
 
     def _integers(self, fitted: Floats, centre: float, half: float) -> tuple[int, ...]:

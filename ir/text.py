@@ -133,7 +133,8 @@ def _parse_value(kind: Any, text: str) -> Any:
     if kind in (int, float):
         return kind(text)
     if typing.get_origin(kind) is tuple:
-        return tuple(int(v) for v in text.split("x"))
+        element = typing.get_args(kind)[0]
+        return tuple(element(v) for v in text.split("x"))
     if not re.fullmatch(r"[\w.\-;:()\[\]{}]+", text):
         raise ValueError(text)
     return text

@@ -31,17 +31,17 @@ class Function(ModelOp):
     batch_anywhere = True
 
     function: str
-    parameter: float = 0.0
+    parameters: tuple[float, ...] = ()
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
-        return known_function(self.function).function(args[0], self.parameter)
+        return known_function(self.function).function(args[0], *self.parameters)
 
     def expand(self, b: FixedBuilder, *args: str) -> str:
-        return b.function(self.function, b.at_activation_scale(args[0]), self.parameter)
+        return b.function(self.function, b.at_activation_scale(args[0]), self.parameters)
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
-        return Sample(cls("sigmoid"), (real(_N, 7),)), Sample(cls("elu", 0.5), (real(_N, 7),))
+        return Sample(cls("sigmoid"), (real(_N, 7),)), Sample(cls("elu", (0.5,)), (real(_N, 7),))
 
 
 # ATen operators without options that are a function by another name, or the same one.
@@ -128,12 +128,12 @@ class Elu(Layer):
     def capture(cls, graph: Capture, **k: Any) -> str:
         alpha = graph.scalar(k["alpha"])
         if (k.get("scale", 1), k.get("input_scale", 1)) == (1, 1):
-            return graph.emit(Function("celu" if "celu" in graph.target else "elu", alpha), k["self"])
+            return graph.emit(Function("celu" if "celu" in graph.target else "elu", (alpha,)), k["self"])
         # scale elu(input_scale x): what SELU is decomposed into
         scale, inner = graph.scalar(k["scale"]), graph.scalar(k["input_scale"])
         if inner != 1:
             graph.unsupported("elu with an input_scale; scale the input by a product")
-        return graph.emit(MulScalar(scale), graph.emit(Function("elu", alpha), k["self"]))
+        return graph.emit(MulScalar(scale), graph.emit(Function("elu", (alpha,)), k["self"]))
 
 
 class Softplus(Layer):
@@ -166,15 +166,15 @@ class Power(Layer):
         if name == "reciprocal":
             return graph.emit(Function("reciprocal"), k["self"])
         exponent = 2.0 if name == "square" else graph.scalar(k["exponent"])
-        x = k["self"]
+        x: str = k["self"]
         if exponent == 1:
             return x
         if exponent in (2.0, 3.0):
-            return graph.emit(Function("integer_power", exponent), x)
+            return graph.emit(Function("integer_power", (exponent,)), x)
         if exponent == -1:
             return graph.emit(Function("reciprocal"), x)
         if exponent in (0.5, -0.5):
             return graph.emit(Function("sqrt" if exponent > 0 else "rsqrt"), x)
         if exponent == int(exponent) and exponent > 0:
-            return graph.emit(Function("integer_power", exponent), x)
+            return graph.emit(Function("integer_power", (exponent,)), x)
         graph.unsupported(f"the power {exponent}; exponents are positive integers, 0.5, -0.5 and -1")

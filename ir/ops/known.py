@@ -1,4 +1,4 @@
-"""What is known about a value by its meaning, and intervals cannot see: |x| is not negative, a norm has a largest size."""
+"""What is known of a value by its meaning and intervals cannot see: |x| is not negative, a norm is limited."""
 
 from __future__ import annotations
 
@@ -46,6 +46,38 @@ class Known(LocalOp):
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
         return (Sample(cls(-(2.0**30), 2.0**30), (Type("secret", (_N, 5), 12, 20),)),)
+
+
+@dataclass(frozen=True)
+class WithinHull(LocalOp):
+    """The same value, of which it is known that it is nearly an average of v along the last axis but one.
+
+    Operands: the value and v, whose scale has `shift` fractional bits fewer. The weights of the average add up to
+    1 +- 1/16, with the negative ones no more than that: attention. Four units of v's scale are left for roundings.
+    """
+
+    name = "within_hull"
+
+    shift: int = 0
+
+    def infer(self, x: Type, v: Type) -> Type:
+        expect_kind("secret", x, v)
+        expect(x.frac == v.frac + self.shift and x.shape[-1] == v.shape[-1], f"{x} is no average of {v}")
+        return x
+
+    def compute(self, ring: Any, *shares: Tensor) -> Tensor:
+        return shares[0]
+
+    def bound(self, x: Interval, v: Interval) -> Interval:
+        hull = v.hull((len(v.shape) - 2,)).narrowed()
+        slack, unit = hull.magnitude * (3 / 16) + 4, 2.0**self.shift
+        low, high = (hull.low - slack) * unit, (hull.high + slack) * unit
+        return x.meet(Interval(low, high))
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        x = Type("secret", (_N, 3, 5), 14, 20)
+        return (Sample(cls(2), (x, x.with_(shape=(_N, 4, 5), frac=12))),)
 
 
 @dataclass(frozen=True)

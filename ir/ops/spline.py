@@ -1,16 +1,16 @@
 """Functions of one number as piecewise polynomials: all comparisons at once, the polynomial local after them.
 
 With r dealt by P2 and c = x + r opened, x is compared with every knot t in the same round: PrivateCompare of c - t with
-the bits of the same r. What is 1 for x >= t_i is b_i = w_i xor rho_i, w_i public to P0 and P1, rho_i a bit that P2 dealt.
-The result p_0(x) + sum_i b_i (p_i - p_{i-1})(x) is a polynomial in r and rho_i r^m with coefficients that P0 and P1 know
-(powers of c = x + r), so that with r^m and rho_i r^m dealt it is local: three rounds for any number of segments and any
-degree. Ring arithmetic is exact modulo 2^64; polynomials that are not selected may wrap, and cancel.
+the bits of the same r. What is 1 for x >= t_i is b_i = w_i xor rho_i, w_i public to P0 and P1, rho_i a bit that P2
+dealt. The result p_0(x) + sum_i b_i (p_i - p_{i-1})(x) is a polynomial in r and rho_i r^m with coefficients that P0 and
+P1 know (powers of c = x + r), so that with r^m and rho_i r^m dealt it is local: three rounds for any number of segments
+and any degree. Ring arithmetic is exact modulo 2^64; polynomials that are not selected may wrap, and cancel.
 
 Why the digits of one r serve many comparisons: P2 knows r anyway. What it is sent for knot i are vectors with a
 multiplier, a zero-sharing, a flip beta and a shift drawn afresh for each knot and element, of which it can compute the
-one bit beta_i xor [x < t_i]: uniform and independent of all others, whatever the other knots are. The zero-sharing makes
-each message uniform by itself, however often the shares of the digits are used. P0 and P1 learn c, uniform by r, and for
-each knot a bit that is masked by its own rho_i.
+one bit beta_i xor [x < t_i]: uniform and independent of all others, whatever the other knots are. The zero-sharing
+makes each message uniform by itself, however often the shares of the digits are used. P0 and P1 learn c, uniform by r,
+and for each knot a bit that is masked by its own rho_i.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,14 +28,7 @@ from tacit.ir.digits import Digits
 from tacit.ir.functions import known_function
 from tacit.ir.op import Level, Material, Op, Program, Round, Sample, Spec, Subprotocol, expect, expect_kind
 from tacit.ir.ops import securenn
-from tacit.ir.ops.comparison import (
-    TRUNCATION_WIDTH,
-    Truncate,
-    blind,
-    blinding_of,
-    check_window,
-    digits_of,
-)
+from tacit.ir.ops.comparison import TRUNCATION_WIDTH, Truncate, blind, blinding_of, check_window, digits_of
 from tacit.ir.ranges import Interval
 from tacit.ir.splines import Spline, fit, wrapped
 from tacit.ir.types import RING_BITS, Batch, Shape, Type
@@ -161,7 +155,7 @@ def find_zeros(party: Party, digits: Digits, n: int, count: int) -> Program:
 class FixedFunction(Op):
     """A function of x = X / 2^of, rounded to `frac` fractional bits: what it is, before range analysis says where.
 
-    error: of the polynomials that will stand for it, relative to |f| where that is above 1, or everywhere if `relative`.
+    error: of the polynomials that will stand for it, relative to |f| where that is above 1; everywhere if `relative`.
     """
 
     name = "fixed.function"
@@ -171,7 +165,7 @@ class FixedFunction(Op):
     of: int
     frac: int
     error: float
-    parameter: float = 0.0
+    parameters: tuple[float, ...] = ()
     relative: bool = False
 
     def infer(self, x: Type) -> Type:
@@ -180,7 +174,7 @@ class FixedFunction(Op):
         return x.with_(frac=self.frac, width=RING_BITS)
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
-        found = known_function(self.function).function(args[0].double() / 2.0**self.of, self.parameter)
+        found = known_function(self.function).function(args[0].double() / 2.0**self.of, *self.parameters)
         return torch.round(found.nan_to_num() * 2.0**self.frac).clamp(-(2.0**62), 2.0**62).to(torch.int64)
 
     def fitted(self, interval: Interval) -> FixedSpline:
@@ -188,14 +182,14 @@ class FixedFunction(Op):
         low, high = interval.ends
         found = fit(
             self.function,
-            self.parameter,
+            self.parameters,
             math.floor(low),
             math.ceil(high),
             self.of,
             error=self.error,
             relative=self.relative,
         )
-        return FixedSpline.of_spline(found, self.function, self.of, self.frac, self.parameter)
+        return FixedSpline.of_spline(found, self.function, self.of, self.frac, self.parameters)
 
     def bound(self, x: Interval) -> Interval:
         return self.fitted(x).bound(x)
@@ -209,7 +203,7 @@ class FixedFunction(Op):
 class FixedSpline(Op):
     """The spline that stands for a function over low <= X <= high, truncated to `frac` fractional bits.
 
-    function, parameter: what it stands for, for readers and plots; knots, coefficients, scale and drop are those of `ir.splines.Spline`.
+    function, parameters: what it stands for, for readers and plots; the rest is that of `ir.splines.Spline`.
     """
 
     name = "fixed.spline"
@@ -224,11 +218,11 @@ class FixedSpline(Op):
     scale: int
     drop: int = 0
     knots: tuple[int, ...] = ()
-    parameter: float = 0.0
+    parameters: tuple[float, ...] = ()
 
     @classmethod
-    def of_spline(cls, s: Spline, function: str, of: int, frac: int, parameter: float = 0.0) -> FixedSpline:
-        return cls(function, of, frac, s.low, s.high, s.coefficients, s.scale, s.drop, s.knots, parameter)
+    def of_spline(cls, s: Spline, function: str, of: int, frac: int, parameters: tuple[float, ...] = ()) -> FixedSpline:
+        return cls(function, of, frac, s.low, s.high, s.coefficients, s.scale, s.drop, s.knots, parameters)
 
     @cached_property
     def spline(self) -> Spline:
@@ -243,7 +237,7 @@ class FixedSpline(Op):
             f"{len(self.coefficients)} coefficients are not those of {pieces} polynomials of degree 1 to 3",
         )
         ordered = (self.low, *self.knots, self.high)
-        expect(all(a < b for a, b in zip(ordered, ordered[1:], strict=False)), "knots rise from low to high")
+        expect(all(a < b for a, b in pairwise(ordered)), "knots rise from low to high")
         expect(all(knot % (1 << self.drop) == 0 for knot in self.knots), "a knot is a multiple of 2^drop")
         expect(0 <= self.frac <= self.scale, f"a scale of {self.scale} bits cannot be truncated to {self.frac}")
         return x.with_(frac=self.frac, width=TRUNCATION_WIDTH - (self.scale - self.frac) + 1)
@@ -272,9 +266,9 @@ def _parabolas(op: type[FixedSpline]) -> Sample:
     return Sample(made, (Type("secret", (_N, 9), 12, 16),))
 
 
-def _sample(op: type[FixedSpline], name: str, parameter: float, width: int, error: float) -> Sample:
+def _sample(op: type[FixedSpline], name: str, parameters: tuple[float, ...], width: int, error: float) -> Sample:
     reach = 2 ** (width - 1) * 15 // 16
-    found = fit(name, parameter, -reach, reach, 12, error=error)
+    found = fit(name, parameters, -reach, reach, 12, error=error)
     made = op.of_spline(found, name, 12, 14)
     if isinstance(made, SplineOnShares):
         made = replace(made, window=width + 1)
@@ -282,7 +276,7 @@ def _sample(op: type[FixedSpline], name: str, parameter: float, width: int, erro
 
 
 # A few knots, many, and none; of all degrees.
-_SAMPLES = (("gelu", 0.0, 17, 2.0**-8), ("hardswish", 0.0, 16, 2.0**-10), ("integer_power", 2.0, 14, 2.0**-10))
+_SAMPLES = (("gelu", (), 17, 2.0**-8), ("hardswish", (), 16, 2.0**-10), ("integer_power", (2.0,), 14, 2.0**-10))
 
 
 @dataclass(frozen=True)
@@ -342,7 +336,7 @@ class TextbookSpline(FixedSpline):
         if self.knots:
             shifted = torch.cat([x - (knot if party.first else 0) for knot in self.knots])
             bits = yield from securenn.run_drelu(party, shifted)
-            steps = torch.cat([b - a for a, b in zip(values, values[1:], strict=False)])
+            steps = torch.cat([b - a for a, b in pairwise(values)])
             gains = yield from party.part(steps, bits)
             out = out + gains.view(len(self.knots), -1).sum(0)
         out = out.view(args[0].shape)
