@@ -97,7 +97,11 @@ class Graph(Builder):
 
     def constant(self, label: str, value: Tensor) -> str:
         """A weight that the model leaves implicit, such as the unit scale of a batch norm without one."""
-        return self.weight(f"{self.path or 'model'}.{label}", value)
+        unique = f"{self.path or 'model'}.{label}"
+        while unique in self.weights:
+            unique = f"{self.path or 'model'}.{label}{len(self.weights)}"
+            label += "_"
+        return self.weight(unique, value)
 
     def reshaped_weight(self, name: str, shape: Sequence[int]) -> str:
         """A constant in another shape."""

@@ -89,10 +89,17 @@ class FixedBuilder(Builder):
     """
 
     def __init__(
-        self, weights: Mapping[str, Tensor], *, frac: int, weight_frac: int, spared: Mapping[str, int] | None = None
+        self,
+        weights: Mapping[str, Tensor],
+        *,
+        frac: int,
+        weight_frac: int,
+        max_error: float = 2.0**-10,
+        spared: Mapping[str, int] | None = None,
     ) -> None:
         """`spared`: by how many bits the weights of a line of the model level have fewer."""
         super().__init__(Level.FIXED)
+        self.max_error = max_error
         self.frac = frac
         self._weight_frac = weight_frac
         self._spared = spared or {}
@@ -165,6 +172,28 @@ class FixedBuilder(Builder):
 
         return self.emit(FixedReLU(max(0, self.types[x].frac - self.frac)), x)
 
+    def function(
+        self,
+        name: str,
+        x: str,
+        parameters: tuple[float, ...] = (),
+        *,
+        frac: int | None = None,
+        error: float | None = None,
+        relative: bool = False,
+    ) -> str:
+        """A function of one number, by name (see `ir.functions`), with `frac` fractional bits; of x as it stands."""
+        from tacit.ir.ops.spline import FixedFunction
+
+        frac, error = self.frac if frac is None else frac, self.max_error if error is None else error
+        return self.emit(FixedFunction(name, self.types[x].frac, frac, error, parameters, relative), x)
+
+    def known(self, x: str, *, low: float = -(2.0**63), high: float = 2.0**63) -> str:
+        """x with the claim that its ring integers lie between low and high, roundings included."""
+        from tacit.ir.ops.known import Known
+
+        return self.emit(Known(low, high), x)
+
     def plus_scalar(self, x: str, value: float) -> str:
         from tacit.ir.ops.local import AddPublic
 
@@ -179,10 +208,19 @@ class FixedBuilder(Builder):
 
     def at_scale(self, x: str) -> str:
         """x with no more than `frac` fractional bits: truncated where it has more."""
+        return self.at_precision(x, self.frac)
+
+    def at_precision(self, x: str, frac: int) -> str:
+        """x with no more than that many fractional bits."""
         from tacit.ir.ops.nonlinear import Trunc
 
-        excess = self.types[x].frac - self.frac
+        excess = self.types[x].frac - frac
         return self.emit(Trunc(excess), x) if excess > 0 else x
+
+    def at_activation_scale(self, x: str) -> str:
+        """x with exactly `frac` fractional bits."""
+        x = self.at_scale(x)
+        return self.aligned(x, self.frac)
 
     def as_factor(self, x: str) -> str:
         """x as an operand of a product: a few bits above the scale are left to the next truncation, at no cost."""

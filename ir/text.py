@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import re
 import typing
+from collections.abc import Iterable
 from typing import Any
 
 from tacit.ir.errors import PlanError, draw
@@ -21,6 +22,7 @@ from tacit.ir.plan import Node, NodeCost, Plan
 from tacit.ir.types import Type
 
 _HEADER = ("level", "protocol", "reveal", "ranges")
+_LONG_CALL, _LONG_LINE = 120, 260
 _LINE = re.compile(
     r"%(?P<name>\w+)\s*:\s*(?P<type>\w+<[^>]*>)\s*=\s*(?P<op>[\w.]+)(?P<rest>[^@]*?)(?:@(?P<path>\S*))?\s*"
 )
@@ -31,7 +33,7 @@ def print_plan(plan: Plan) -> str:
     header = ", ".join(f"{key}={_header_value(plan, key)}" for key in _HEADER)
     left = [f"plan {plan.name} {{  {header}, ring={_rings(plan)}", *_aligned(plan), f"  return %{plan.result}", "}"]
     title, *figures = _figures(plan)
-    width = max(len(line) for line in left)
+    width = _width(left, _LONG_LINE)
     lines = [f"{left[0]:<{width}}  # {title}"]
     for line, figure in zip(left[1:-2], figures, strict=True):
         lines.append(f"{line:<{width}}  # {figure}  {_check(line)}")
@@ -75,10 +77,15 @@ def _header_value(plan: Plan, key: str) -> str:
 
 def _aligned(plan: Plan) -> list[str]:
     rows = [(f"%{n.name}", str(n.type), _call(n), f"@{n.path}" if n.path else "") for n in plan.nodes]
-    widths = [max((len(row[i]) for row in rows), default=0) for i in range(4)]
+    widths = [_width((row[i] for row in rows), _LONG_CALL) for i in range(4)]
     return [
         f"  {a:<{widths[0]}} : {b:<{widths[1]}} = {c:<{widths[2]}}  {d:<{widths[3]}}".rstrip() for a, b, c, d in rows
     ]
+
+
+def _width(cells: Iterable[str], limit: int) -> int:
+    """Of a column; cells longer than the limit stick out, and do not push the others about."""
+    return max((len(cell) for cell in cells if len(cell) <= limit), default=0)
 
 
 def _figures(plan: Plan) -> list[str]:
@@ -131,7 +138,8 @@ def _parse_value(kind: Any, text: str) -> Any:
     if kind in (int, float):
         return kind(text)
     if typing.get_origin(kind) is tuple:
-        return tuple(int(v) for v in text.split("x"))
+        element = typing.get_args(kind)[0]
+        return tuple(element(v) for v in text.split("x"))
     if not re.fullmatch(r"[\w.\-;:()\[\]{}]+", text):
         raise ValueError(text)
     return text

@@ -11,20 +11,13 @@ from tacit.passes.draft import Draft
 from tacit.passes.lower import hoist_weight_openings, lower_to_protocol, number_lines, reveal_result, schedule_rounds
 from tacit.passes.quantise import choose_scale, expand_to_fixed_point, fuse_truncation_into_relu
 from tacit.passes.rings import choose_rings, spare_weight_bits
-from tacit.passes.simplify import (
-    drop_no_ops,
-    drop_softmax_before_argmax,
-    fold_batch_norm,
-    move_max_pool_before_relu,
-    require_supported_outputs,
-)
+from tacit.passes.simplify import drop_no_ops, drop_softmax_before_argmax, fold_batch_norm, move_max_pool_before_relu
 
 Pass = Callable[[Draft], Draft]
 
 PIPELINE: tuple[Pass, ...] = (
     drop_no_ops,
     drop_softmax_before_argmax,
-    require_supported_outputs,
     fold_batch_norm,
     move_max_pool_before_relu,
     choose_scale,

@@ -12,6 +12,7 @@ from tacit.ir.errors import CompileError
 from tacit.ir.op import inferred
 from tacit.ir.ops.comparison import TRUNCATION_WIDTH
 from tacit.ir.ops.roles import Input, Weight
+from tacit.ir.ops.spline import FixedFunction
 from tacit.ir.plan import Node, Plan
 from tacit.ir.ranges import Interval
 from tacit.ir.types import Type, bits_for
@@ -41,7 +42,7 @@ def bound_ranges(draft: Draft) -> Draft:
     Intervals are propagated through the quantised network, truncation included, element by element or channel by
     channel, in float64 with an outward margin. Calibration data, where given, narrows them to twice what was seen;
     the plan then says so, unless the proved ones were as narrow everywhere. A value that would not fit is a compile
-    error that names the layer.
+    error that names the layer. A function of one number becomes polynomials here, over the range of its operand.
     """
     types: dict[str, Type] = {}
     nodes, label = [], PROVED
@@ -59,6 +60,7 @@ def intervals(draft: Draft) -> Iterator[Bounded]:
     known: dict[str, Interval] = {}
     for node in plan.nodes:
         operands = tuple(_operand(plan, arg, draft.weights, known) for arg in node.args)
+        node = _fitted(node, operands)
         proved = _interval(node, draft.weights, operands)
         interval = proved.meet(seen[node.name]) if node.name in seen and not node.op.declares else proved
         if not isinstance(node.op, Weight):  # as float64 they would take twice the memory of the model
@@ -67,6 +69,17 @@ def intervals(draft: Draft) -> Iterator[Bounded]:
         for arg in node.args:
             if last[arg] == node.name:
                 known.pop(arg, None)
+
+
+def _fitted(node: Node, operands: Sequence[Interval]) -> Node:
+    """A function of one number becomes polynomials where its operand turns out to lie."""
+    if not isinstance(node.op, FixedFunction):
+        return node
+    try:
+        return replace(node, op=node.op.fitted(*operands))
+    except CompileError as error:
+        where = f"module '{node.path or node.op.function}'{' (' + node.source + ')' if node.source else ''}"
+        raise CompileError(f"{where}: {error}") from None
 
 
 def _operand(plan: Plan, name: str, weights: Values, known: Mapping[str, Interval]) -> Interval:

@@ -11,11 +11,12 @@ from tacit.ir.build import Builder
 from tacit.ir.cost import Cost
 from tacit.ir.errors import CompileError
 from tacit.ir.op import Level, Op
-from tacit.ir.ops import choice, linear, nonlinear, ranking, securenn
+from tacit.ir.ops import choice, linear, nonlinear, ranking, securenn, spline
 from tacit.ir.ops.comparison import ROOM_BITS
 from tacit.ir.ops.nonlinear import FixedArgmax, FixedEqual, FixedMaxPool2d, FixedReLU, Trunc
 from tacit.ir.ops.roles import Input, Mask, Reveal
 from tacit.ir.plan import Node
+from tacit.ir.types import bits_for
 from tacit.passes.draft import Draft
 
 # Writes the protocol form of a node whose operands are already lowered; returns the name of its result.
@@ -85,6 +86,15 @@ def _weight(cost: Cost) -> int:
     return cost.online_bytes + cost.offline_bytes + _ROUND_BYTES * cost.rounds
 
 
+def _between_knots(b: Builder, node: Node, args: tuple[str, ...]) -> str:
+    """A spline whose comparisons look at no more bits than a difference from a knot has."""
+    op = node.op
+    assert isinstance(op, spline.FixedSpline)
+    knots = bits_for(op.low, op.high)  # the operand may be narrower than the range of the fit
+    attributes = _attributes(op) | {"window": max(b.types[args[0]].width, knots, op.drop + ROOM_BITS) + 1}
+    return b.emit(spline.SplineOnShares(**attributes), *args, name=node.name, width=node.type.width)
+
+
 def _textbook_relu(b: Builder, node: Node, args: tuple[str, ...]) -> str:
     """ReLU and truncation apart: the textbook suite knows no fused form."""
     assert isinstance(node.op, FixedReLU)
@@ -104,6 +114,7 @@ FUSED: Mapping[type[Op], Lowering] = {
     FixedEqual: _windowed(nonlinear.Equal, 1),
     choice.FixedPositive: _windowed(choice.Positive, 0),
     choice.FixedChoose: _windowed_by_first(choice.Choose),
+    spline.FixedSpline: _between_knots,
 }
 SECURENN: Mapping[type[Op], Lowering] = {
     linear.FixedLinear: _direct(securenn.TextbookLinear),
@@ -115,6 +126,7 @@ SECURENN: Mapping[type[Op], Lowering] = {
     FixedEqual: _direct(securenn.TextbookEqual),
     choice.FixedPositive: _direct(choice.TextbookPositive),
     choice.FixedChoose: _direct(choice.TextbookChoose),
+    spline.FixedSpline: _direct(spline.TextbookSpline, drop=0),
 }
 SUITES: Mapping[str, Mapping[type[Op], Lowering]] = {"fused": FUSED, "securenn": SECURENN}
 

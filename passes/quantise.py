@@ -45,6 +45,10 @@ def logit_error(draft: Draft) -> tuple[float, float]:
     exact = real.estimate(probes).double()
     trial = expand_to_fixed_point(real)
     fixed = trial.estimate(probes).double() / 2.0 ** trial.plan.node(trial.plan.result).type.frac
+    finite = exact.isfinite()  # a function may be undefined at a probe; range analysis names it
+    exact, fixed = exact[finite], fixed[finite]
+    if not len(exact):
+        return 1.0, 1.0
     largest = float(exact.abs().max())
     allowed = _TOLERANCE * (min(1.0, max(largest, _LEAST_LOGIT)) if largest < 32 else largest / 32)
     return float((fixed - exact).abs().max()), allowed
@@ -77,7 +81,13 @@ def expand_to_fixed_point(draft: Draft) -> Draft:
     """
     assert draft.frac_bits is not None
     plan, weight_frac = draft.plan, draft.frac_bits + EXTRA_WEIGHT_BITS
-    b = FixedBuilder(draft.weights, frac=draft.frac_bits, weight_frac=weight_frac, spared=draft.spared)
+    b = FixedBuilder(
+        draft.weights,
+        frac=draft.frac_bits,
+        weight_frac=weight_frac,
+        max_error=draft.max_error,
+        spared=draft.spared,
+    )
     names: dict[str, str] = {}
     for node in plan.nodes:
         with b.at(node.path, node.source, node.name):

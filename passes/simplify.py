@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import torch
 
-from tacit.ir.errors import CompileError
 from tacit.ir.ops.affine import BatchNorm, Convolving, Linear
 from tacit.ir.ops.arithmetic import Add, Mul
 from tacit.ir.ops.layer import Layer
-from tacit.ir.ops.model import Argmax, NoOp, Softmax
+from tacit.ir.ops.model import Argmax, NoOp
 from tacit.ir.ops.moves import Reshape
 from tacit.ir.ops.pooling import MaxPool2d
 from tacit.ir.ops.roles import Weight
+from tacit.ir.ops.softmax import Softmax
 from tacit.ir.plan import Node, Plan
 from tacit.ir.types import Type
 from tacit.passes.draft import Draft
@@ -151,16 +151,3 @@ def move_max_pool_before_relu(draft: Draft) -> Draft:
             second = replace(relu, name=pool.name, args=(relu.name,), type=pool.type)
             plan = plan.with_nodes({relu.name: first, pool.name: second}.get(n.name, n) for n in plan.nodes)
     return draft.with_(plan)
-
-
-def require_supported_outputs(draft: Draft) -> Draft:
-    """A softmax that is left is one whose probabilities are wanted: say so while the module is still known."""
-    for node in draft.plan.find(Softmax):
-        raise CompileError(f"module '{node.path or node.op.name}' ({node.source}): {_SOFTMAX}")
-    return draft
-
-
-_SOFTMAX = (
-    "softmax is supported over the classes, directly before an argmax, where it changes nothing. Compile with "
-    "reveal='argmax', or leave it out of the model and apply it to the revealed logits at the client"
-)

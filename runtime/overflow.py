@@ -29,6 +29,10 @@ class _RealRing(EstimatedRing):
     """Products of float64 tensors."""
 
     @staticmethod
+    def matmul(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
+        return x.double() @ w.double()
+
+    @staticmethod
     def linear(x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x.double(), weight.double())
 

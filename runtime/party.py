@@ -34,6 +34,7 @@ from tacit.ir.op import Material, Program, Received, Round, Spec
 from tacit.ir.plan import Node, Plan, Schedule
 from tacit.ir.types import RING_BITS, Shape, Type
 from tacit.runtime import field as zp
+from tacit.runtime import piecewise
 from tacit.runtime import ring as z64
 from tacit.runtime.channel import Channel
 from tacit.runtime.prf import Stream
@@ -67,6 +68,7 @@ class Party:
     inventory: list[Randomness] = dataclasses.field(default_factory=list)
     ring: ModuleType = z64
     field: ModuleType = zp
+    piecewise: ModuleType = piecewise
     online: bool = False  # dealing and running have streams of their own: nothing is drawn twice
     _streams: dict[int, Stream] = dataclasses.field(default_factory=dict)
 

@@ -127,7 +127,9 @@ def test_a_stream_for_both_phases_would_give_p0_the_input(monkeypatch: pytest.Mo
     assert recovered_by_p0(123456789)
 
 
-@pytest.mark.parametrize("name", ["relu-0", "relu-3", "max_pool2d-0", "argmax-2", "equal-0", "securenn.relu-0"])
+@pytest.mark.parametrize(
+    "name", ["relu-0", "relu-3", "max_pool2d-0", "argmax-2", "equal-0", "spline-0", "securenn.relu-0"]
+)
 def test_what_p2_can_combine_is_a_fair_bit_at_a_uniform_place(name: str) -> None:
     """P2 adds both vectors: at most one zero, with probability 1/2, anywhere; all else uniform on Z_p^*."""
     sample = dict(samples(Level.PROTOCOL))[name]

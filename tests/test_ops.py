@@ -14,6 +14,7 @@ from tacit.ir.cost import P0, P1, P2
 from tacit.ir.errors import CompileError, PlanError
 from tacit.ir.op import Level, Op, Program, Sample
 from tacit.ir.ops.model import ModelOp
+from tacit.ir.ops.spline import FixedFunction
 from tacit.ir.plan import Node, Plan
 from tacit.ir.types import bits_for
 from tacit.passes import Draft
@@ -141,6 +142,8 @@ def test_both_suites_implement_every_op_of_the_fixed_level(suite: str) -> None:
     """Lower each fixed-level op by the suite; the secure result equals the fixed-level meaning."""
     for name, sample in samples(Level.FIXED):
         if Level.PROTOCOL in sample.op.levels or getattr(sample.op, "drop", 0):
+            continue
+        if isinstance(sample.op, FixedFunction):  # range analysis replaces it
             continue
         fixed = single(sample, Level.FIXED, suite)
         draft = hoist_weight_openings(reveal_result(lower_to_protocol(Draft(fixed, {}, {}, interpret))))

@@ -76,12 +76,6 @@ def test_a_model_that_waits_is_refused_for_the_reason_listed(name: str) -> None:
     assert f"'aten.{missing(name)}.default' is not supported" in row.error
 
 
-def test_one_that_waits_is_refused_before_it_costs_anything() -> None:
-    model, image = zoo.build("mobilenet_v3_small")
-    with pytest.raises(tacit.CompileError, match="hardswish"):
-        tacit.compile(model, image)
-
-
 @pytest.mark.slow
 def test_memory_is_in_proportion_to_the_model() -> None:
     """The float32 weights, the ring integers, and one layer at a time: in a process of its own."""

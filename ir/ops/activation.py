@@ -161,18 +161,6 @@ class PReLU(ModelOp):
         return (Sample(cls(), (real(_N, 3, 4), real(3, 1))),)
 
 
-class Absolute(Layer):
-    """|x| = 2 ReLU(x) - x."""
-
-    aten = ("aten.abs.default", "aten.abs_.default")
-    batch_anywhere = True
-
-    @classmethod
-    def capture(cls, graph: Capture, **k: Any) -> str:
-        double = graph.emit(MulScalar(2.0), graph.emit(ReLU(), k["self"]))
-        return graph.emit(Add(), double, graph.emit(MulScalar(-1.0), k["self"]))
-
-
 class HardSigmoid(Layer):
     """min(max(x + 3, 0), 6) / 6."""
 

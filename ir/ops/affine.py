@@ -323,7 +323,13 @@ class BatchNorm(ModelOp):
 
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str:
-        if k.get("training") or k.get("use_input_stats") or k["running_mean"] is None:
+        if k.get("use_input_stats"):
+            from tacit.ir.ops.norms import GroupNorm
+
+            graph.require_weights(k, "weight", "bias")
+            channels = graph.fixed_shape(k["input"])[1]
+            return GroupNorm.of(graph, k["input"], channels, k["weight"], k["bias"], k["eps"])
+        if k.get("training") or k["running_mean"] is None:
             graph.unsupported(
                 "the norm uses the statistics of its input; call model.eval() first, with track_running_stats=True"
             )

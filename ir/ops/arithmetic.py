@@ -78,7 +78,7 @@ class ReversedSub(Layer):
 
 @dataclass(frozen=True)
 class Mul(ModelOp):
-    """x times a constant tensor, element by element."""
+    """x times a constant tensor, element by element. Products of two activations are written by `products`."""
 
     name = "model.mul"
     aten = ("aten.mul.Tensor", "aten.mul_.Tensor", "aten.div.Tensor", "aten.div_.Tensor")
@@ -86,29 +86,21 @@ class Mul(ModelOp):
 
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str:
+        from tacit.ir.ops.products import product, quotient
+
         x, y = k["self"], k["other"]
+        if k.get("rounding_mode"):
+            graph.unsupported("a quotient that is rounded")
         divide = graph.target.startswith("aten.div")
         if not isinstance(y, str):
             return graph.emit(MulScalar(graph.scalar(inverse(y) if divide else y)), x)
         if divide and graph.is_weight(y):
             y = graph.emit(Reciprocal(), y)
         elif divide:
-            graph.unsupported("division by a value that depends on the input")
+            return quotient(graph, x, y)
         if graph.is_weight(x):
             x, y = y, x
-        if not graph.is_weight(y):
-            return cls.of_two(graph, x, y)
-        return graph.emit(cls(), x, y)
-
-    @classmethod
-    def of_two(cls, graph: Capture, x: str, y: str) -> str:
-        """Where one of two secret factors is the result of a comparison, it selects from the other."""
-        from tacit.ir.ops.compare import Comparison, selected
-
-        for bit, value in ((x, y), (y, x)):
-            if isinstance(graph.op(bit), Comparison):
-                return selected(graph, bit, value, None)
-        graph.unsupported("the product of two activations; one factor has to be a constant or a comparison")
+        return graph.emit(cls(), x, y) if graph.is_weight(y) else product(graph, x, y)
 
     def infer(self, *args: Type) -> Type:
         return Add().infer(*args)

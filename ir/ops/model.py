@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 
-from tacit.ir.errors import CompileError
 from tacit.ir.op import Level, Op, Sample, probed_shape
 from tacit.ir.ops import local, moves, nonlinear
 from tacit.ir.ops.layer import Layer, real
@@ -116,40 +114,6 @@ class Conversion(Layer):
         if not truth or wanted.is_complex or wanted.is_floating_point:
             graph.unsupported(f"a conversion to {wanted}; values are float32 or float64")
         return graph.emit(NoOp(), k["self"])
-
-
-@dataclass(frozen=True)
-class Softmax(ModelOp):
-    """softmax and log_softmax over the classes: supported where only the argmax is wanted, and dropped there."""
-
-    name = "model.softmax"
-    aten = (
-        "aten.softmax.int",
-        "aten.log_softmax.int",
-        "aten._softmax.default",
-        "aten._log_softmax.default",
-    )
-
-    dim: int
-    log: bool = False
-
-    @classmethod
-    def capture(cls, graph: Capture, **k: Any) -> str:
-        rank = len(graph.shape(k["self"]))
-        return graph.emit(cls(k["dim"] % rank, "log" in graph.target), k["self"])
-
-    def reference(self, oracle: Any, *args: Tensor) -> Tensor:
-        return (F.log_softmax if self.log else F.softmax)(args[0], self.dim)
-
-    def expand(self, b: FixedBuilder, *args: str) -> str:
-        raise CompileError(
-            "softmax is supported directly before an argmax, where it changes nothing: compile with reveal='argmax', "
-            "or leave it out of the model and apply it to the revealed logits at the client"
-        )
-
-    @classmethod
-    def samples(cls) -> tuple[Sample, ...]:
-        return (Sample(cls(1), (real(_N, 7),)),)
 
 
 @dataclass(frozen=True)

@@ -208,8 +208,9 @@ class FixedMaxPool2d(Op):
             best = narrow.expand(shape)
         else:
             best = Interval(*(torch.stack(self.slots(v[None], -math.inf)).amax(0)[0] for v in (x.low, x.high)))
-        # A slot that loses by less than 2^drop may still be taken.
-        return best - Interval.full((), 0.0, 2.0**self.drop) if self.drop else best
+        # At each level of the tournament, a slot that loses by less than 2^drop may still be taken.
+        levels = len(_levels(math.prod(self.kernel)))
+        return best - Interval.full((), 0.0, levels * 2.0**self.drop) if self.drop else best
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:

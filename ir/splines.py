@@ -1,0 +1,302 @@
+"""Piecewise polynomials on ring integers, and their fit to a function: what stands for sigmoid, exp, 1 / x.
+
+The real x = X / 2^frac of a range [low, high] is cut at knots; on each segment a polynomial in X - origin with integer
+coefficients gives round(2^scale f(x)), to an error that the caller states. Each segment is as long as the error allows;
+Chebyshev interpolation (numpy.polynomial.chebyshev) is within a small factor of the best polynomial. Degree and the
+number of low bits that the comparison with the knots leaves out are those that cost the fewest bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.polynomial import chebyshev
+from numpy.typing import NDArray
+
+from tacit.ir.cost import RING_BYTES, prime_field
+from tacit.ir.digits import Digits
+from tacit.ir.errors import CompileError
+from tacit.ir.functions import known_function
+from tacit.ir.types import bits_for
+
+Tensor = torch.Tensor
+Floats = NDArray[np.float64]
+Function = Callable[[Floats], Floats]
+MOST_DEGREE, _MOST_KNOTS = 3, 400
+# Results of the polynomial stay below 2^61, where a truncation still works.
+_RESULT_BITS = 60
+# Where errors are looked at, dense towards both ends: a quick look, and another for what passes it.
+_GRIDS = tuple(np.cos(np.linspace(np.pi, 0.0, count)) for count in (17, 513))
+# From values at Chebyshev's points to coefficients of powers, for each degree.
+_POWERS = tuple(
+    np.linalg.inv(np.polynomial.polynomial.polyvander(chebyshev.chebpts1(d + 1), d)) for d in range(MOST_DEGREE + 1)
+)
+_ROUNDING = 2.0**-48  # of a polynomial of degree 3, in float64
+_COMPARED = (4, 5, 6, 7, 8, 10, 12, 16, 24)  # bits that comparisons may look at
+
+
+@dataclass(frozen=True)
+class Spline:
+    """Integer polynomials of one degree between knots, all of which are multiples of 2^drop.
+
+    coefficients: degree + 1 for each segment, of powers of X - origin, the lowest first. An X less than 2^drop below a
+    knot may get the polynomial of either side, as the public offset of the comparison has it; both are accurate there.
+    """
+
+    low: int
+    high: int
+    knots: tuple[int, ...]
+    coefficients: tuple[int, ...]
+    drop: int
+    scale: int
+
+    @property
+    def degree(self) -> int:
+        return len(self.coefficients) // (len(self.knots) + 1) - 1
+
+    @property
+    def origins(self) -> tuple[int, ...]:
+        """The middle of each segment: powers of X - origin are then smallest."""
+        ends = (self.low, *self.knots, self.high)
+        return tuple((a + b) >> 1 for a, b in pairwise(ends))
+
+    @property
+    def segments(self) -> list[tuple[int, int, tuple[int, ...]]]:
+        """Origin, first X for which it may be used, coefficients."""
+        n, step = self.degree + 1, 1 << self.drop
+        starts = (self.low, *(knot - step for knot in self.knots))
+        rows = [self.coefficients[i : i + n] for i in range(0, len(self.coefficients), n)]
+        return list(zip(self.origins, starts, rows, strict=True))
+
+    def powers_of_x(self) -> list[list[int]]:
+        """The coefficients of powers of X itself, exact; they are used modulo 2^64."""
+        out = []
+        for origin, _, row in self.segments:
+            shifted = [
+                sum(a * math.comb(j, m) * (-origin) ** (j - m) for j, a in enumerate(row) if j >= m)
+                for m in range(len(row))
+            ]
+            out.append(shifted)
+        return out
+
+    def at(self, x: Tensor, offset: Tensor) -> Tensor:
+        """The ring integers at scale `scale`, where floor((x + offset) / 2^drop) chooses the segment; modulo 2^64."""
+        knots = torch.tensor([knot >> self.drop for knot in self.knots], dtype=torch.int64)
+        segment = torch.bucketize((x + offset) >> self.drop, knots, right=True)
+        rows = torch.tensor([[wrapped(a) for a in row] for row in self.powers_of_x()], dtype=torch.int64)
+        out = rows[segment, -1]
+        for j in range(self.degree - 1, -1, -1):
+            out = out * x + rows[segment, j]
+        return out
+
+    def ends(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Bounds of the result for low <= X <= high, element by element in float64: at ends and turning points.
+
+        Beyond the range of the fit, the outer polynomials go on.
+        """
+        least, greatest = torch.full_like(low, torch.inf), torch.full_like(low, -torch.inf)
+        stops = (*(knot - 1 for knot in self.knots), math.inf)
+        for i, ((origin, start, row), stop) in enumerate(zip(self.segments, stops, strict=True)):
+            begin = low if i == 0 else low.clamp(min=start)
+            end = high.clamp(max=stop)
+            used = begin <= end
+            reach = torch.maximum((end - origin).abs(), (begin - origin).abs())
+            size = sum((abs(a) * reach**j for j, a in enumerate(row)), torch.zeros_like(low))
+            for place in (begin, end, *_turns(row, origin)):
+                place = torch.as_tensor(place, dtype=torch.float64).expand(low.shape)
+                inside = used & (place >= begin) & (place <= end)
+                value = sum((a * (place - origin) ** j for j, a in enumerate(row)), torch.zeros_like(low))
+                least = torch.where(inside, torch.minimum(least, value - size * _ROUNDING), least)
+                greatest = torch.where(inside, torch.maximum(greatest, value + size * _ROUNDING), greatest)
+        return least, greatest
+
+    def bytes_of_element(self, window: int) -> float:
+        """What one evaluation costs, online and offline; see `ops.spline.Piecewise`."""
+        return _cost(len(self.knots), self.degree, Digits(window - 1 - self.drop))
+
+
+def wrapped(value: int) -> int:
+    """An integer modulo 2^64, as int64 holds it."""
+    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def _turns(row: tuple[int, ...], origin: int) -> list[float]:
+    """Where the derivative of a polynomial of degree 3 or less is zero."""
+    slope = [j * float(a) for j, a in enumerate(row)][1:]
+    while slope and slope[-1] == 0.0:
+        slope.pop()
+    roots = np.roots(slope[::-1]) if len(slope) > 1 else np.array([])
+    return [origin + float(root.real) for root in roots if abs(root.imag) <= 1e-6 * max(1.0, abs(root))]
+
+
+def _cost(knots: int, degree: int, digits: Digits) -> float:
+    field = prime_field(digits.p)
+    compared = 2 * field.wire_bytes((digits.positions, 1)) + 0.25
+    dealt = RING_BYTES * (degree + 1)
+    return 2 * RING_BYTES + RING_BYTES * (degree - 1) + field.wire_bytes((digits.rows, 1)) + knots * (compared + dealt)
+
+
+@lru_cache(maxsize=4096)
+def fit(
+    name: str, parameters: tuple[float, ...], low: int, high: int, frac: int, *, error: float, relative: bool = False
+) -> Spline:
+    """The spline of the fewest bytes that approximates a known function for low <= X <= high, x = X / 2^frac.
+
+    The error is at most `error` where |f(x)| <= 1 and `error` times |f(x)| above; with `relative`, `error` times
+    |f(x)| everywhere. Raises CompileError where the function is not defined, or the error cannot be reached.
+    """
+    known = known_function(name)
+    low, high = _outward(low, high)
+    known.check(name, low / 2.0**frac, high / 2.0**frac)
+
+    def function(x: Floats) -> Floats:
+        found: Floats = known.function(torch.from_numpy(x / 2.0**frac), *parameters).numpy()
+        return found
+
+    largest = float(np.abs(function(low + (high - low) * (_GRIDS[0] + 1) / 2)).max())
+    if not math.isfinite(largest):
+        raise CompileError(f"{name} is infinite somewhere in [{low / 2.0**frac:.4g}, {high / 2.0**frac:.4g}]")
+    scale = min(_RESULT_BITS, _RESULT_BITS - math.ceil(math.log2(max(largest, 2.0**-16) * (1 + error))))
+    window = bits_for(low, high) + 1
+    fitter = _Fitter(function, low, high, scale, error, relative)
+    best: Spline | None = None
+    for degree in range(MOST_DEGREE, 0, -1):  # the most likely first: it limits what the others may take
+        fewest = 0
+        # All bits first: knots anywhere, so that none of the coarser ones needs fewer.
+        for compared in (window - 1, *(c for c in _COMPARED if c < window - 1)):
+            most = _MOST_KNOTS if best is None else _affordable(best, degree, window, compared)
+            found = fitter.run(degree, window - 1 - compared, most) if most >= fewest else None
+            if found is None:
+                continue
+            fewest = fewest or len(found.knots)
+            if best is None or found.bytes_of_element(window) < best.bytes_of_element(window):
+                best = found
+    if best is None:
+        raise CompileError(
+            f"{name} cannot be approximated to {error:.2g} in [{low / 2.0**frac:.4g}, {high / 2.0**frac:.4g}] by "
+            f"{_MOST_KNOTS} segments: give a larger max_error, a narrower input_range, or calibration data"
+        )
+    return best
+
+
+def _affordable(best: Spline, degree: int, window: int, compared: int) -> int:
+    """How many knots of this degree would still be cheaper."""
+    digits, budget = Digits(compared), best.bytes_of_element(window)
+    free = _cost(0, degree, digits)
+    return min(_MOST_KNOTS, max(0, math.floor((budget - free) / (_cost(1, degree, digits) - free))))
+
+
+def _outward(low: int, high: int) -> tuple[int, int]:
+    """The range rounded outwards to two significant bits, so that ranges alike share their fit."""
+
+    def rounded(value: int, up: bool) -> int:
+        step = 1 << max(0, abs(value).bit_length() - 2)
+        return -(-value // step) * step if up else value // step * step
+
+    low, high = rounded(low, False), rounded(high, True)
+    return low, max(high, low + 1)
+
+
+@dataclass(frozen=True)
+class _Fitter:
+    """One function over one range."""
+
+    function: Function
+    low: int
+    high: int
+    scale: int
+    error: float
+    relative: bool
+
+    def run(self, degree: int, drop: int, most: int) -> Spline | None:
+        """From left to right, every segment as long as it can be; None beyond so many knots."""
+        step, start = 1 << drop, self.low
+        knots: list[int] = []
+        rows: list[tuple[int, ...]] = []
+        guess = max(1, (self.high - self.low) // step // 4)
+        while True:
+            whole = self.polynomial(start, self.high + 1, degree, step if knots else 0)
+            if whole is not None:
+                rows.append(whole)
+                return Spline(
+                    self.low, self.high, tuple(knots), tuple(a for row in rows for a in row), drop, self.scale
+                )
+            if len(knots) == most:
+                return None
+            first = start // step
+            found = self._longest(start, first, guess, degree, step, bool(knots))
+            if found is None:
+                return None
+            length, row = found
+            rows.append(row)
+            guess, start = length, (first + length) * step
+            knots.append(start)
+
+    def _longest(
+        self, start: int, first: int, guess: int, degree: int, step: int, inner: bool
+    ) -> tuple[int, tuple[int, ...]] | None:
+        """The largest number of steps that one polynomial covers, to a 64th; around a guess."""
+        most = -(-self.high // step) - 1 - first
+
+        def attempt(length: int) -> tuple[int, ...] | None:
+            if length < 1 or length > most:
+                return None
+            return self.polynomial(start, (first + length) * step, degree, step if inner else 0)
+
+        good, bad, best = 0, most + 1, None
+        trial = min(max(guess, 1), most)
+        while trial > good and trial < bad:
+            row = attempt(trial)
+            if row is None:
+                bad, trial = trial, max(good + 1, trial // 2) if good == 0 else (good + trial) // 2
+            else:
+                good, best = trial, row
+                trial = min(2 * trial, (good + bad) // 2) if bad <= most else 2 * trial
+                trial = min(trial, most)
+            if good and bad - good <= max(1, good // 64):
+                break
+        return None if best is None else (good, best)
+
+    def polynomial(self, begin: int, end: int, degree: int, room: int) -> tuple[int, ...] | None:
+        """Integer coefficients for begin - room < X < end around the middle; None if they are not accurate enough."""
+        origin = (begin + min(end, self.high)) >> 1
+        left, right = float(max(begin - max(room - 1, 0), self.low) - origin), float(end - 1 - origin)
+        centre, half = (left + right) / 2, max(right - left, 1.0) / 2
+        for d in range(degree, -1, -1):
+            # Lower powers have room for longer segments: their coefficients are larger integers.
+            if d > 1 and d * math.log2(max(half, 1.0)) > self.scale + 8:
+                continue
+            grids = [np.clip(np.round(centre + half * z), left, right) for z in _GRIDS]
+            nodes = np.clip(centre + half * chebyshev.chebpts1(d + 1), left, right)
+            fitted = _POWERS[d] @ self.function(nodes + origin)
+            if not self._accurate(fitted, (grids[0] - centre) / half, centre + origin, half):
+                return None
+            row = self._integers(fitted, centre, half)
+            rounded = np.array(row, dtype=np.float64) / 2.0**self.scale
+            if all(self._accurate(rounded, places, origin) for places in grids):
+                return (*row, *(0,) * (degree - len(row) + 1))
+        return None
+
+    def _accurate(self, row: Floats, places: Floats, origin: float, unit: float = 1.0) -> bool:
+        """Of a polynomial in (X - origin) / unit, at some places of that."""
+        exact = self.function(np.clip(places * unit + origin, self.low, self.high))
+        size = np.abs(exact)
+        allowed = self.error * (size if self.relative else np.maximum(size, 1.0))
+        found = row[-1]
+        for coefficient in row[-2::-1]:
+            found = found * places + coefficient
+        return bool((np.abs(found - exact) <= allowed).all())
+
+    def _integers(self, fitted: Floats, centre: float, half: float) -> tuple[int, ...]:
+        """From powers of (u - centre) / half to powers of u."""
+        scaled = [float(v) / half**j * 2.0**self.scale for j, v in enumerate(fitted)]
+        return tuple(
+            round(sum(v * math.comb(j, m) * (-centre) ** (j - m) for j, v in enumerate(scaled) if j >= m))
+            for m in range(len(scaled))
+        )
