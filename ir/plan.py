@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import networkx as nx
 
@@ -248,6 +249,24 @@ class Plan:
                 )
             )
         return PlanCost(batch, self.schedule.rounds, tuple(rows))
+
+    def layers(self, *, batch: int = 1) -> list[dict[str, Any]]:
+        """Costs, shapes and ranges layer by layer, one dictionary each: what `pandas.DataFrame` takes."""
+        from tacit.ir.view.layers import layers
+
+        return layers(self, batch=batch)
+
+    def to_networkx(self) -> nx.DiGraph[str]:
+        """The lines as a graph, with types and costs as attributes."""
+        from tacit.ir.view.graph import to_networkx
+
+        return to_networkx(self)
+
+    def to_dot(self) -> str:
+        """The lines as a graph for Graphviz, modules as clusters."""
+        from tacit.ir.view.graph import to_dot
+
+        return to_dot(self)
 
     def requirements(self, *, batch: int = 1) -> tuple[Requirement, ...]:
         """The randomness that one inference of a batch consumes, in plan order."""
