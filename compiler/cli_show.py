@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +16,7 @@ from rich.theme import Theme
 from tacit.cli_shared import AsJson, PlanPath, clear_errors, read_plan_file
 from tacit.diff import ranges_text
 from tacit.ir.plan import Plan
+from tacit.ir.view.page import page
 
 
 def register(app: typer.Typer) -> None:
@@ -50,11 +52,18 @@ _THEME = Theme(
 def show(
     plan: PlanPath,
     ranges: Annotated[bool, typer.Option("--ranges", help="The range of every line, and the bits left above.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the report, one page that needs no network.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print a plan, after checking every line of it."""
+    """Print a plan, after checking every line of it; or write its report."""
     with clear_errors():
         found = read_plan_file(plan)
+        if html is not None:
+            html.write_text(page(found), encoding="utf-8")
+            typer.echo(f"written   {html}")
+            return
     if ranges:
         typer.echo(ranges_text(found))
         return

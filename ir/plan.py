@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from html import escape
 from typing import Any
 
 import networkx as nx
@@ -255,6 +256,12 @@ class Plan:
         from tacit.ir.view.layers import layers
 
         return layers(self, batch=batch)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the report, or the text at the levels before the protocol."""
+        from tacit.ir.view.page import framed, page
+
+        return framed(page(self)) if self.level is Level.PROTOCOL else f"<pre>{escape(str(self))}</pre>"
 
     def to_networkx(self) -> nx.DiGraph[str]:
         """The lines as a graph, with types and costs as attributes."""
