@@ -92,9 +92,12 @@ def _frames(nodes: list[Node], places: dict[str, Place], top: int, depth: int) -
 def _edge(source: Place, target: Place, top: int) -> str:
     (x0, y0), (x1, y1) = _corner(source, top), _corner(target, top)
     x0, y0, y1 = x0 + _W, y0 + _H // 2, y1 + _H // 2
-    if target.column - source.column == 1 or source.lane != target.lane:
-        middle = max(16, min(60, (x1 - x0) // 2))
-        return f'<path class="edge" d="M{x0} {y0}C{x0 + middle} {y0} {x1 - middle} {y1} {x1} {y1}"/>'
+    half = _GAP_X // 2
+    if source.lane != target.lane:  # along the lane of the one that lies lower, then across the gap between columns
+        a, b = (x1 - _GAP_X, x1) if source.lane > target.lane else (x0, x0 + _GAP_X)
+        return f'<path class="edge" d="M{x0} {y0}H{a}C{a + half} {y0} {b - half} {y1} {b} {y1}H{x1}"/>'
+    if target.column - source.column == 1:
+        return f'<path class="edge" d="M{x0} {y0}H{x1}"/>'
     under = _H // 2 + 16  # around what lies between
     return f'<path class="edge" d="M{x0} {y0}C{x0 + 24} {y0 + under} {x0 + 24} {y0 + under} {x0 + 44} {y0 + under}' + (
         f'H{x1 - 44}C{x1 - 24} {y1 + under} {x1 - 24} {y1 + under} {x1} {y1}"/>'

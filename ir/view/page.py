@@ -320,12 +320,13 @@ def _ranges(plan: Plan) -> str:
             continue
         left, width = headroom(node), node.type.width
         reach = 15 / 16 * 2.0 ** (width - 1 - node.type.frac)
+        step = f"2<sup>&minus;{node.type.frac}</sup>" if node.type.frac else "1"
         tight = " class=tight" if left < 8 else ""
         rows.append(
             f"<tr><td class=mono>%{escape(node.name)}</td><td class=mono>{escape(node.op.name)}</td><td "
             f"class='name mono'>"
             f"{escape(layer_of(node) if node.path else '')}</td><td class=n>&plusmn;{reach:.4g}</td><td class=n>"
-            f"2<sup>&minus;{node.type.frac}</sup>"
+            f"{step}"
             f"</td><td class=n>{width}</td><td><span class=head><i{tight} "
             f"style='width:{100 * width / (width + left):.0f}%'></i></span>"
             f"</td><td class=n>{left}</td></tr>"
