@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from tacit.cli_shared import AsJson, clear_errors, read_array, totals_text
+from tacit.cli_shared import AsJson, Failure, clear_errors, read_array, totals_text
 from tacit.secure import Secure, load
 
 _PRINTED = 1000  # longer answers are abbreviated on the screen
@@ -28,13 +28,21 @@ def run(
     check: Annotated[
         bool, typer.Option("--check", help="Compare every line with the clear oracle, bit for bit.")
     ] = False,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write what each party did when, for ui.perfetto.dev.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Encrypted inference among three virtual parties in this process."""
     with clear_errors():
         secure = load(folder)
         arrays = [read_array(path) for path in [*inputs, *([targets] if targets else [])]]
-        answer = (secure.check(*arrays) if check else secure(*arrays)).numpy()
+        if check and trace is not None:
+            raise Failure("--check and --trace are two runs: give one of them")
+        if trace is not None:
+            answer = secure.trace(*arrays, trace).numpy()
+        else:
+            answer = (secure.check(*arrays) if check else secure(*arrays)).numpy()
         if output is not None:
             with output.open("wb") as out:
                 np.save(out, answer, allow_pickle=False)

@@ -23,6 +23,7 @@ from tacit.runtime.overflow import interpret_checked
 from tacit.runtime.reference import compare, interpret
 from tacit.runtime.session import Run, Session, Trace
 from tacit.structure import leaves
+from tacit.trace import traced
 
 Tensor = torch.Tensor
 PLAN_FILE, WEIGHTS_FILE = "plan.txt", "weights.safetensors"
@@ -84,6 +85,25 @@ class Secure:
             session.close()
             raise
         return answer, opened
+
+    def trace(self, *inputs: Any) -> Any:
+        """As a call, with a file name last: writes what each party did when, for chrome://tracing or ui.perfetto.dev.
+
+        `secure.trace(x, "trace.json")`. One track for each party, slices for rounds, ops, sends and waits, arrows for
+        messages with their bytes; one online and one offline phase. Nothing secret is in it.
+        """
+        *arguments, file = inputs
+        if not isinstance(file, (str, os.PathLike)):
+            raise InputError("the last argument of trace is the name of the file to write")
+        encoded = encode_inputs(self.plan, self._checked(tuple(arguments)))
+        session = self.session()
+        try:
+            answer, self.last_run = traced(session, encoded, len(next(iter(encoded.values()))), file)
+        except BaseException:
+            self._session = None  # a failed session is not used again
+            session.close()
+            raise
+        return self._decoded(answer)
 
     def session(self, link: LinkModel | None = None) -> Session:
         """The session of this model, opened at first use; `link` emulates a network, and opens a new one."""

@@ -26,7 +26,8 @@ from tacit.ir.types import Type
 from tacit.runtime import prf
 from tacit.runtime.channel import LinkModel, Meter, Network
 from tacit.runtime.memory import keep_freed_buffers
-from tacit.runtime.party import Party, Profile, Values, deal, execute
+from tacit.runtime.party import Party, Values, deal, execute
+from tacit.runtime.timeline import Profile
 
 Tensor = torch.Tensor
 PARTIES = (P0, P1, P2)
