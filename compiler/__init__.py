@@ -17,6 +17,7 @@ from tacit.ir.errors import (
     WeightsError,
 )
 from tacit.ir.plan import Plan
+from tacit.machine import find as _find
 from tacit.remote import Remote, connect, push
 from tacit.secure import Secure, load
 
@@ -41,4 +42,4 @@ __all__ = [
     "load",
     "push",
 ]
-del _ops
+del _find, _ops

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from tacit.cli_shared import AsJson, PlanPath, clear_errors, read_plan_file, table, totals, totals_text
+from tacit.cli_shared import AsJson, PlanPath, clear_errors, read_plan_file, table, totals, totals_text, waiting
+from tacit.compare import compare_plans, comparison_text, prediction_text
 from tacit.ir.plan import NodeCost, Plan, PlanCost
 
 
@@ -20,12 +23,24 @@ def cost(
     plan: PlanPath,
     batch: Annotated[int, typer.Option(min=1, help="Elements in the batch.")] = 1,
     requirements: Annotated[bool, typer.Option("--requirements", help="List the randomness consumed.")] = False,
+    network: Annotated[
+        str | None, typer.Option(help="Predict the time on virtual, lan, wan, or as in rtt=40ms,rate=350Mbit.")
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(metavar="OTHER", help="What PLAN costs more or less than OTHER, layer by layer.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Rounds and bytes of a plan, per op and per party, as they will be counted on the wire."""
     with clear_errors():
         found = read_plan_file(plan)
-    total = found.cost(batch=batch)
+        other = None if compare is None else read_plan_file(compare)
+        with waiting("measuring this machine, once", when=network is not None):
+            total = found.cost(batch=batch, network=network)
+    if other is not None:
+        difference = compare_plans(other, found, batch=batch, network=network)
+        typer.echo(json.dumps(dataclasses.asdict(difference)) if as_json else comparison_text(difference))
+        return
     if as_json:
         typer.echo(json.dumps(_cost_object(found, total) | (_needs_object(found, batch) if requirements else {})))
         return
@@ -55,6 +70,8 @@ def cost(
         typer.echo(table(header, needs, numbers=range(4, 8)))
     typer.echo("")
     typer.echo(totals_text(totals(total)))
+    if total.prediction is not None:
+        typer.echo(prediction_text(total.prediction))
 
 
 def _rounds_text(start: int, rounds: int, session: bool) -> str:
@@ -84,7 +101,13 @@ def _cost_object(plan: Plan, total: PlanCost) -> dict[str, Any]:
         }
         for r in total.per_op
     ]
-    return {"name": plan.name, "digest": plan.digest, **totals(total), "per_op": per_op, "per_party": total.per_party}
+    return {
+        "name": plan.name,
+        "digest": plan.digest,
+        **totals(total),
+        "per_op": per_op,
+        "per_party": total.per_party,
+    } | ({} if total.prediction is None else {"prediction": dataclasses.asdict(total.prediction)})
 
 
 def _needs_object(plan: Plan, batch: int) -> dict[str, Any]:

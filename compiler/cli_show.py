@@ -13,7 +13,7 @@ from rich.highlighter import RegexHighlighter
 from rich.text import Text
 from rich.theme import Theme
 
-from tacit.cli_shared import AsJson, PlanPath, clear_errors, read_plan_file
+from tacit.cli_shared import AsJson, PlanPath, clear_errors, measured_times, read_plan_file, waiting
 from tacit.diff import ranges_text
 from tacit.ir.plan import Plan
 from tacit.ir.view.page import page
@@ -55,13 +55,24 @@ def show(
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the report, one page that needs no network.")
     ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="With --html: elements in the batch.")] = 1,
+    network: Annotated[str, typer.Option(help="With --html: predict times on virtual, lan, wan or rtt=..,rate=..")] = (
+        "virtual"
+    ),
+    measured: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="With --html: what `tacit run --json` or `bench --json` printed."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print a plan, after checking every line of it; or write its report."""
     with clear_errors():
         found = read_plan_file(plan)
         if html is not None:
-            html.write_text(page(found), encoding="utf-8")
+            with waiting("measuring this machine, once"):
+                prediction = found.predict(batch, network)
+            times = None if measured is None else measured_times(measured)
+            html.write_text(page(found, batch=batch, prediction=prediction, measured=times), encoding="utf-8")
             typer.echo(f"written   {html}")
             return
     if ranges:

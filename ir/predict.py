@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from tacit.ir.cost import CLIENT, OWNER, P0, P1, P2, RING, RING_BYTES, Cost, Link
@@ -19,6 +19,7 @@ from tacit.ir.plan import Node, Plan
 from tacit.ir.types import Type
 
 Features = dict[str, float]
+_IN_TURN = 2  # up to this batch, the parties deal one after the other; above it, in threads that compete
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,19 @@ def network_model(text: str) -> NetworkModel:
 
 @dataclass(frozen=True)
 class Machine:
-    """Seconds for a unit of each feature, by phase: what this processor does with this version of Tacit."""
+    """Seconds for a unit of each feature, by phase: what this processor does with this version of Tacit.
+
+    "phase" is a constant, "round" is for each round; "wake" is what each round, and each piece of dealt randomness,
+    takes longer where links are emulated: parties are late in waking up.
+    """
 
     name: str
     offline: Mapping[str, float]
     online: Mapping[str, float]
+
+
+# Who knows the speed of this machine; the argument says whether it may be measured, where nobody has done so yet.
+FINDERS: list[Callable[[bool], Machine | None]] = []
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,7 @@ def predict(plan: Plan, machine: Machine, *, batch: int = 1, network: str = "vir
     model, latency = network_model(network), network_model(network).rtt_seconds / 2
     costs = {row.name: row for row in plan.cost(batch=batch).per_op}
     lines: dict[str, float] = {}
-    online = offline = sent = 0.0
+    online = offline = sent = dealings = 0.0
     for node in plan.nodes:
         if node.op.session:
             continue
@@ -86,14 +95,18 @@ def predict(plan: Plan, machine: Machine, *, batch: int = 1, network: str = "vir
         computing, dealing = _time(machine.online, work), _time(machine.offline, dealt)
         wire = _wire_seconds(cost, model)
         offline += dealing
+        dealings += dealt.get("turns", 0.0) + dealt.get("threads", 0.0)
         sent += max(cost.offline.values(), default=0) / model.bytes_per_second
         online += computing + wire
         lines[node.name] = computing + dealing + wire + cost.rounds * latency
     offline += machine.offline.get("phase", 0.0)
     online += machine.online.get("phase", 0.0) + plan.schedule.rounds * latency
     online += plan.schedule.rounds * machine.online.get("round", 0.0)
-    # Corrections flow one way while P2 goes on computing: the slower of both counts.
-    offline = max(offline, sent + latency) if sent else offline
+    if model is not VIRTUAL:
+        online += plan.schedule.rounds * machine.online.get("wake", 0.0)
+        offline += dealings * machine.offline.get("wake", 0.0)
+    # Corrections flow one way while P2 goes on computing: the slower of both counts, and the last takes its latency.
+    offline = max(offline, sent) + latency
     return Prediction(model.name, batch, offline, online, lines)
 
 
@@ -116,12 +129,11 @@ def work_of(plan: Plan, node: Node, batch: int) -> tuple[Features, Features]:
     elements = math.prod(node.type.at(batch).dims)
     ring = sum(item.count for item in items if item.element == RING)
     small = sum(item.count for item in items) - ring
-    products, weights = _products(node, args, elements)
-    online: Features = {"lines": 1.0, "products": products, "weights": weights}
-    offline: Features = {"products": products, "weights": weights, "ring": ring, "small": small}
-    offline["lines"] = float(bool(items))
+    online = _products(node, args, elements)
+    offline = online | {"ring": ring, "small": small, "turns" if batch <= _IN_TURN else "threads": len(items)}
+    online["lines"] = 1.0
     if cost.rounds:
-        online |= {"opened": _opened(cost.online), "small": small, "messages": cost.rounds}
+        online |= {"opened": _opened(cost.online), "small": small, "messages": cost.rounds, "items": len(items)}
     else:
         online["local"] = elements
     return online, offline
@@ -131,12 +143,17 @@ def _opened(traffic: Mapping[Link, int]) -> float:
     return sum(traffic.get(link, 0) for link in ((P0, P1), (P1, P0), (CLIENT, P1))) / RING_BYTES
 
 
-def _products(node: Node, args: tuple[Type, ...], elements: int) -> tuple[float, float]:
-    """Multiply-adds, and elements of the second factor; in a weight, all dimensions but the first are summed over."""
+def _products(node: Node, args: tuple[Type, ...], elements: int) -> Features:
+    """Multiply-adds, elements of the second factor, and of the first as the product reads it (unfolded).
+
+    Of a weight, all dimensions but the first are summed over.
+    """
     if not isinstance(node.op, Product):
-        return 0.0, 0.0
+        return {}
     factor = args[1]
-    return elements * max(1.0, factor.numel / factor.dims[0]), factor.numel
+    depth = max(1.0, factor.numel / factor.dims[0])
+    unfolded = elements * depth / factor.dims[0]
+    return {"products": elements * depth, "weights": factor.numel, "unfolded": unfolded}
 
 
 def totals(plan: Plan, batch: int) -> tuple[Features, Features]:

@@ -170,9 +170,10 @@ def test_a_deep_network_stays_small() -> None:
     Elements(html).ids()
 
 
-def test_the_command_writes_it_and_a_notebook_frames_it(tmp_path: Path) -> None:
+def test_the_command_writes_it_and_a_notebook_frames_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of("mlp")
     (tmp_path / "plan.txt").write_text(str(plan))
+    monkeypatch.setattr("tacit.ir.predict.FINDERS", [])
     succeeds("show", tmp_path / "plan.txt", "--html", tmp_path / "report.html")
     assert plan.digest in (tmp_path / "report.html").read_text()
     framed = plan._repr_html_()
