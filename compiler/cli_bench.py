@@ -54,11 +54,25 @@ def bench_command(
     processes: Annotated[
         bool, typer.Option("--processes", help="Three party processes over TLS, beside virtual parties.")
     ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Draw time against batch, 1 up to --batch, and against network (.png, .svg)."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Time and bytes of one network with random weights, beside plaintext PyTorch in the same run."""
     from tacit.bench import bench, text
 
+    if plot is not None:
+        with clear_errors():
+            from tacit.plots import plot_bench, require_matplotlib, sweep
+
+            require_matplotlib()
+            plot_bench(sweep(model, most=batch, protocol=protocol, reveal=reveal, runs=runs), plot)
+        typer.echo(f"written   {plot}")
+        return
     if processes:
         bench_processes(model, batch, network, runs, as_json)
         return
@@ -82,6 +96,7 @@ def bench_peers_command(
     spu: Annotated[
         Path, typer.Option(metavar="PYTHON", help="An interpreter that has SPU; `make peers` makes one.")
     ] = INTERPRETERS["spu"],
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw time against batch (.png, .svg).")] = None,
     as_json: AsJson = False,
 ) -> None:
     """CrypTen and SPU beside Tacit, where they are installed: the same networks, inputs and answers, in one run."""
@@ -93,6 +108,10 @@ def bench_peers_command(
 
     batches = [_count(size) for text in batch or [] for size in text.split(",")]
     with clear_errors():
+        if plot is not None:
+            from tacit.plots import plot_peers, require_matplotlib
+
+            require_matplotlib()
         rows = compare(
             [name.strip() for name in models.split(",")],
             batches=batches,
@@ -101,6 +120,9 @@ def bench_peers_command(
             deadline_s=deadline,
             report=report,
         )
+        if plot is not None:
+            plot_peers(rows, plot)
+            typer.echo(f"written   {plot}", err=True)
     if as_json:
         typer.echo(json.dumps({"runs": runs, "cores": os.cpu_count(), "rows": [dataclasses.asdict(r) for r in rows]}))
         return

@@ -205,6 +205,9 @@ def diff_command(
         bool, typer.Option("--calibrated", help="Measure the ranges on these inputs instead of proving them.")
     ] = False,
     tolerance: Annotated[float, typer.Option(help="The largest error that is not marked.")] = TOLERANCE,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also draw the errors as a heat strip (.png, .svg).")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Float against fixed point, layer by layer: errors, ranges, headroom; the first layer over the tolerance."""
@@ -218,6 +221,10 @@ def diff_command(
             frac_bits=frac_bits,
             calibration=tuple(arrays) if calibrated else None,
         )
+        if plot is not None:
+            from tacit.plots import plot_diff
+
+            plot_diff(found, plot)
     typer.echo(json.dumps(dataclasses.asdict(found)) if as_json else diff_text(found))
 
 

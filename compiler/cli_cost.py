@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tacit.cli_shared import AsJson, PlanPath, clear_errors, read_plan_file, table, totals, totals_text, waiting
+from tacit.cli_shared import AsJson, PlanPath, clear_errors, read_plan_file, table, totals, totals_text
 from tacit.compare import compare_plans, comparison_text, prediction_text
 from tacit.ir.plan import NodeCost, Plan, PlanCost
 
@@ -35,8 +35,7 @@ def cost(
     with clear_errors():
         found = read_plan_file(plan)
         other = None if compare is None else read_plan_file(compare)
-        with waiting("measuring this machine, once", when=network is not None):
-            total = found.cost(batch=batch, network=network)
+        total = found.cost(batch=batch, network=network)
     if other is not None:
         difference = compare_plans(other, found, batch=batch, network=network)
         typer.echo(json.dumps(dataclasses.asdict(difference)) if as_json else comparison_text(difference))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
-from rich.console import Console
 
 from tacit.diff import aligned
 from tacit.ir.errors import PlanError, TacitError
@@ -86,14 +85,6 @@ def read_plan_file(path: Path) -> Plan:
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: range) -> str:
     """Aligned columns, numbers to the right."""
     return "\n".join(aligned([header, *rows], numbers=numbers))
-
-
-@contextmanager
-def waiting(label: str, *, when: bool = True) -> Iterator[None]:
-    """A sign of life on a terminal's stderr while something takes its time; nothing elsewhere."""
-    console = Console(stderr=True)
-    with console.status(label) if when and console.is_terminal else nullcontext():
-        yield
 
 
 def measured_times(path: Path) -> dict[str, float]:

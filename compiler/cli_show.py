@@ -13,7 +13,7 @@ from rich.highlighter import RegexHighlighter
 from rich.text import Text
 from rich.theme import Theme
 
-from tacit.cli_shared import AsJson, PlanPath, clear_errors, measured_times, read_plan_file, waiting
+from tacit.cli_shared import AsJson, PlanPath, clear_errors, measured_times, read_plan_file
 from tacit.diff import ranges_text
 from tacit.ir.plan import Plan
 from tacit.ir.view.page import page
@@ -69,8 +69,7 @@ def show(
     with clear_errors():
         found = read_plan_file(plan)
         if html is not None:
-            with waiting("measuring this machine, once"):
-                prediction = found.predict(batch, network)
+            prediction = found.predict(batch, network)
             times = None if measured is None else measured_times(measured)
             html.write_text(page(found, batch=batch, prediction=prediction, measured=times), encoding="utf-8")
             typer.echo(f"written   {html}")

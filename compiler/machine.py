@@ -10,7 +10,6 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from torch import nn
 
 from tacit.driver import compile as compile_model
 from tacit.ir.predict import FINDERS, Features, Machine, totals
+from tacit.progress import track
 from tacit.runtime.channel import LinkModel
 from tacit.secure import Secure
 
@@ -28,12 +28,12 @@ _RUNS, _WARM_UP = 9, 2
 _LATENCY = 1e-3
 
 
-def machine(*, report: Callable[[str], None] = lambda step: None) -> Machine:
-    """This machine, from the cache, or measured now (about a quarter of a minute); `report` hears of each network."""
+def machine() -> Machine:
+    """This machine, from the cache, or measured now (about a quarter of a minute)."""
     path = cache_file()
     found = _read(path)
     if found is None:
-        found = measure(report=report)
+        found = measure()
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(f".{os.getpid()}.new")
         fresh.write_text(json.dumps({"name": found.name, "offline": found.offline, "online": found.online}))
@@ -80,15 +80,18 @@ def _read(path: Path) -> Machine | None:
         return None
 
 
-def measure(*, report: Callable[[str], None] = lambda step: None) -> Machine:
+def measure() -> Machine:
     """Run the networks and fit; nothing is kept."""
     offline: list[tuple[Features, float]] = []
     online: list[tuple[Features, float]] = []
-    for name, secure, x, batches in _networks():
-        report(name)
+    for model, shape, reveal, batches in track(_networks(), "measuring this machine, once"):
+        torch.manual_seed(0)
+        x = torch.rand(4, *shape)
+        with torch.no_grad():
+            model(x)  # gives lazy layers their sizes
+        secure = compile_model(model.eval(), x, reveal=reveal, input_range=(0, 1), frac_bits=12, name="probe")
         for batch in batches:
-            data = x[torch.arange(batch) % len(x)]
-            times = _times(secure, data)
+            times = _times(secure, x[torch.arange(batch) % len(x)])
             work, dealt = totals(secure.plan, batch)
             online.append((work, times[1]))
             offline.append((dealt, times[0]))
@@ -148,36 +151,21 @@ def _nnls(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return x
 
 
-_Network = tuple[str, Secure, torch.Tensor, tuple[int, ...]]
+_Network = tuple[nn.Module, tuple[int, ...], str, tuple[int, ...]]
 
 
-def _networks() -> Iterator[_Network]:
+def _networks() -> list[_Network]:
     """Each leans on another feature: products of one row and of many, convolutions, comparisons, rounds, moves."""
-    made: Mapping[str, tuple[nn.Module, tuple[int, ...], str, tuple[int, ...]]] = {
-        "a wide product": (nn.Linear(1024, 512), (1024,), "logits", (1, 64, 256)),
-        "narrow products": (_stack(128, 4), (128,), "logits", (1, 16, 128)),
-        "products and comparisons": (_perceptron(600, 300), (600,), "argmax", (1, 8, 64, 256)),
-        "a convolution": (nn.Conv2d(4, 16, 5), (4, 20, 20), "logits", (1, 48)),
-        "a small network": (_convolutions(12, 24, 200), (1, 24, 24), "argmax", (1, 4, 32, 96)),
-        "a larger network": (_convolutions(24, 32, 300), (1, 32, 32), "argmax", (1, 8, 64)),
-        "moves and sums": (
-            nn.Sequential(nn.Flatten(), nn.Unflatten(1, (4, 64)), nn.Flatten()),
-            (256,),
-            "logits",
-            (1, 64),
-        ),
-    }
-    for name, (model, shape, reveal, batches) in made.items():
-        torch.manual_seed(0)
-        x = torch.rand(4, *shape)
-        with torch.no_grad():
-            model(x)  # gives lazy layers their sizes
-        yield (
-            name,
-            compile_model(model.eval(), x, reveal=reveal, input_range=(0, 1), frac_bits=12, name="probe"),
-            x,
-            batches,
-        )
+    moves = nn.Sequential(nn.Flatten(), nn.Unflatten(1, (4, 64)), nn.Flatten())
+    return [
+        (nn.Linear(1024, 512), (1024,), "logits", (1, 64, 256)),
+        (_stack(128, 4), (128,), "logits", (1, 16, 128)),
+        (_perceptron(600, 300), (600,), "argmax", (1, 8, 64, 256)),
+        (nn.Conv2d(4, 16, 5), (4, 20, 20), "logits", (1, 48)),
+        (_convolutions(12, 24, 200), (1, 24, 24), "argmax", (1, 4, 32, 96)),
+        (_convolutions(24, 32, 300), (1, 32, 32), "argmax", (1, 8, 64)),
+        (moves, (256,), "logits", (1, 64)),
+    ]
 
 
 def _stack(width: int, depth: int) -> nn.Module:

@@ -17,6 +17,7 @@ from tacit.ir.errors import InputError, PlanError, WeightsError
 from tacit.ir.ops.outputs import Pack
 from tacit.ir.ops.roles import Input, Weight
 from tacit.ir.plan import Node, Plan
+from tacit.progress import log, waiting
 from tacit.runtime import ring
 from tacit.runtime.channel import LinkModel
 from tacit.runtime.overflow import interpret_checked
@@ -78,8 +79,11 @@ class Secure:
         encoded = encode_inputs(self.plan, checked)
         session = self.session()
         try:
-            dealt = session.deal(len(next(iter(encoded.values()))))
-            answer, self.last_run, opened = session.infer(dealt, encoded, trace=trace)
+            with waiting("dealing"):
+                dealt = session.deal(len(next(iter(encoded.values()))))
+            with waiting("encrypted inference"):
+                answer, self.last_run, opened = session.infer(dealt, encoded, trace=trace)
+            log.debug("batch of %d: %s", dealt.batch, self.last_run)
         except BaseException:
             self._session = None  # a failed session is not used again
             session.close()
@@ -108,7 +112,9 @@ class Secure:
     def session(self, link: LinkModel | None = None) -> Session:
         """The session of this model, opened at first use; `link` emulates a network, and opens a new one."""
         if self._session is None or link is not None:
-            self._session = Session(self.plan, self._weights, link=link)
+            with waiting("sharing the weights; the first use compiles the kernels"):
+                self._session = Session(self.plan, self._weights, link=link)
+            log.info("session open: %d bytes for the weights", self._session.weight_meter.bytes)
         return self._session
 
     def _checked(self, arguments: tuple[Any, ...]) -> dict[str, Tensor]:

@@ -87,10 +87,10 @@ def test_fitting_finds_the_coefficients_it_was_made_with() -> None:
 
 def test_the_measurement_is_kept_and_damage_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(machines, "measure", lambda report: MACHINE)
+    monkeypatch.setattr(machines, "measure", lambda: MACHINE)
     assert machines.cached() is None
     assert machines.machine() == MACHINE
-    monkeypatch.setattr(machines, "measure", lambda report: pytest.fail("measured twice"))
+    monkeypatch.setattr(machines, "measure", lambda: pytest.fail("measured twice"))
     assert machines.machine() == machines.cached() == MACHINE
     for damaged in ("{", "[]", '{"name": 1}', '{"name": "x", "offline": 3, "online": {}}'):
         machines.cache_file().write_text(damaged)
