@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from tacit.bench import Measured, bench
 from tacit.diff import Diff
 from tacit.ir.errors import InputError
+from tacit.ir.view.page import time_text
 from tacit.progress import track
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def _style(axes: Any, title: str, x: str, y: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(True, which="major", alpha=0.3)
+    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -82,7 +84,7 @@ def plot_bench(rows: Sequence[Measured], file: Path) -> None:
     right.bar(networks, offline, color=_COLOURS[4], label="offline", width=0.6)
     right.bar(networks, online, bottom=offline, color=_COLOURS[0], label="online", width=0.6)
     for i, row in enumerate(last):
-        right.annotate(f"{1e3 * row.total_s:,.3g} ms", (i, offline[i] + online[i]), ha="center", va="bottom")
+        right.annotate(time_text(row.total_s), (i, offline[i] + online[i]), ha="center", va="bottom")
     right.margins(y=0.12)
     right.legend(frameon=False)
     _style(right, f"batch {last[0].batch}, {last[0].rounds} rounds", "network", "ms per batch")
