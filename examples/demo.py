@@ -1,7 +1,7 @@
 """The article's story and more, measured: train, compile, classify the whole test set encrypted among three parties.
 
-Here for the MLP and a LeNet: only the count of correct answers, then the class of every image, checked and timed. story.py
-is the short version.
+Here for the MLP and a LeNet: only the count of correct answers, then the class of every image, checked and timed.
+story.py is the short version.
 """
 
 import time
