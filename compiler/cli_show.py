@@ -83,7 +83,7 @@ def show(
     elif console.is_terminal:
         text = Text(str(found), end="", no_wrap=True)
         _PlanHighlighter().highlight(text)
-        console.print(text, soft_wrap=True)
+        console.print(text, soft_wrap=True, end="")
     else:
         typer.echo(str(found), nl=False)
 
