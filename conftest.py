@@ -10,6 +10,7 @@ FOLDERS = {
     "compiler/peers": "peers",
     "ir": "ir",
     "ir/ops": "ir/ops",
+    "ir/view": "ir/view",
     "passes": "passes",
     "runtime": "runtime",
     "runtime/net": "runtime/net",

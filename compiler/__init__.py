@@ -5,6 +5,7 @@ from tacit.driver import compile
 from tacit.ir import ops as _ops
 from tacit.ir.errors import (
     CompileError,
+    CompilerBug,
     DeploymentError,
     DivergenceError,
     InputError,
@@ -17,11 +18,14 @@ from tacit.ir.errors import (
     WeightsError,
 )
 from tacit.ir.plan import Plan
+from tacit.machine import find as _find
+from tacit.progress import configure_log as _configure_log
 from tacit.remote import Remote, connect, push
 from tacit.secure import Secure, load
 
 __all__ = [
     "CompileError",
+    "CompilerBug",
     "DeploymentError",
     "DivergenceError",
     "InputError",
@@ -41,4 +45,5 @@ __all__ = [
     "load",
     "push",
 ]
-del _ops
+_configure_log()
+del _configure_log, _find, _ops

@@ -18,7 +18,7 @@ from tacit.driver import compile as compile_model
 from tacit.ir.cost import ROLES
 from tacit.ir.errors import CompileError
 from tacit.runtime.channel import NETWORKS
-from tacit.runtime.party import Profile
+from tacit.runtime.timeline import Profile
 from tacit.secure import Secure
 from tacit.vision import import_torchvision
 

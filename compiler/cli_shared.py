@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
 
-from tacit.ir.errors import TacitError
+from tacit.diff import aligned
+from tacit.ir.errors import PlanError, TacitError
+from tacit.ir.plan import Plan, PlanCost
+from tacit.secure import PLAN_FILE
 
+PlanPath = Annotated[Path, typer.Argument(metavar="PLAN", help="The folder of a compiled model, or its plan.txt.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -48,3 +53,44 @@ def read_array(path: Path) -> torch.Tensor:
         raise Failure(f"{path} is not a .npy file with an array of numbers") from None
     native = array.astype(np.int64) if array.dtype.kind in "iu" else array.astype(array.dtype.newbyteorder("="))
     return torch.from_numpy(np.ascontiguousarray(native).reshape(array.shape))
+
+
+def totals(cost: PlanCost) -> dict[str, int]:
+    return {
+        "batch": cost.batch,
+        "rounds": cost.rounds,
+        "online_bytes": cost.online_bytes,
+        "offline_bytes": cost.offline_bytes,
+        "session_bytes": cost.session_bytes,
+    }
+
+
+def totals_text(totals: Mapping[str, Any]) -> str:
+    return (
+        f"rounds    {totals['rounds']}\n"
+        f"bytes     {totals['online_bytes']:,} online, {totals['offline_bytes']:,} offline "
+        f"for a batch of {totals['batch']}; {totals['session_bytes']:,} once per session"
+    )
+
+
+def read_plan_file(path: Path) -> Plan:
+    """The plan in a folder of `tacit compile`, or in a file."""
+    path = path / PLAN_FILE if path.is_dir() else path
+    try:
+        return Plan.parse(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise PlanError(f"{path} is not a text file") from None
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: range) -> str:
+    """Aligned columns, numbers to the right."""
+    return "\n".join(aligned([header, *rows], numbers=numbers))
+
+
+def measured_times(path: Path) -> dict[str, float]:
+    """Seconds from what `tacit run --json` or `tacit bench --json` printed."""
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        return {phase: float(told.get(f"{phase}_seconds", told.get(f"{phase}_s"))) for phase in ("offline", "online")}
+    except (ValueError, TypeError, AttributeError):
+        raise Failure(f"{path} is not what `tacit run --json` or `tacit bench --json` prints") from None

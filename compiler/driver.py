@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 
+from tacit.bug import reported
 from tacit.capture import Capture, Range
 from tacit.export import export
 from tacit.ir.errors import CompileError
@@ -18,6 +20,7 @@ from tacit.ir.plan import Plan
 from tacit.passes import Draft, run_pipeline
 from tacit.passes.lower import SUITES
 from tacit.passes.quantise import MOST_FRAC_BITS
+from tacit.progress import log, waiting
 from tacit.runtime.reference import interpret
 from tacit.secure import Secure, check_input
 from tacit.structure import in_order, leaves
@@ -58,21 +61,21 @@ def compile(
         that their operand can have; relative where the function is above 1. From 2^-20 to 2^-3.
     name: what the plan is called; default: the class of the model.
 
-    Raises CompileError, which names the module, its source line and the remedy.
+    Raises CompileError, which names the module, its source line and the remedy; and CompilerBug where the compiler
+    itself fails.
     """
-    draft = run_pipeline(
-        prepare(
-            model,
-            example_inputs,
-            reveal=reveal,
-            protocol=protocol,
-            calibration=calibration,
-            input_range=input_range,
-            frac_bits=frac_bits,
-            max_error=max_error,
-            name=name,
-        )
-    )
+    options: dict[str, Any] = {
+        "reveal": reveal,
+        "protocol": protocol,
+        "frac_bits": frac_bits,
+        "max_error": max_error,
+        "name": name,
+    }
+    begin = time.perf_counter()
+    with waiting("compiling"), reported(options | {"calibrated": calibration is not None}) as keep:
+        draft = prepare(model, example_inputs, calibration=calibration, input_range=input_range, **options)
+        draft = run_pipeline(draft, keep)
+    log.info("compiled %s: %d lines, %.2f s", draft.plan.name, len(draft.plan.nodes), time.perf_counter() - begin)
     return Secure(draft.plan, draft.weights, leaves(example_inputs)[0].dtype)
 
 

@@ -17,12 +17,14 @@ from tacit.ir.errors import InputError, PlanError, WeightsError
 from tacit.ir.ops.outputs import Pack
 from tacit.ir.ops.roles import Input, Weight
 from tacit.ir.plan import Node, Plan
+from tacit.progress import log, waiting
 from tacit.runtime import ring
 from tacit.runtime.channel import LinkModel
 from tacit.runtime.overflow import interpret_checked
 from tacit.runtime.reference import compare, interpret
 from tacit.runtime.session import Run, Session, Trace
 from tacit.structure import leaves
+from tacit.trace import traced
 
 Tensor = torch.Tensor
 PLAN_FILE, WEIGHTS_FILE = "plan.txt", "weights.safetensors"
@@ -77,8 +79,11 @@ class Secure:
         encoded = encode_inputs(self.plan, checked)
         session = self.session()
         try:
-            dealt = session.deal(len(next(iter(encoded.values()))))
-            answer, self.last_run, opened = session.infer(dealt, encoded, trace=trace)
+            with waiting("dealing"):
+                dealt = session.deal(len(next(iter(encoded.values()))))
+            with waiting("encrypted inference"):
+                answer, self.last_run, opened = session.infer(dealt, encoded, trace=trace)
+            log.debug("batch of %d: %s", dealt.batch, self.last_run)
         except BaseException:
             self._session = None  # a failed session is not used again
             session.close()
@@ -106,10 +111,31 @@ class Secure:
         for item in batches:
             yield encode_inputs(self.plan, self._checked(item if isinstance(item, tuple) else (item,)))
 
+    def trace(self, *inputs: Any) -> Any:
+        """As a call, with a file name last: writes what each party did when, for chrome://tracing or ui.perfetto.dev.
+
+        `secure.trace(x, "trace.json")`. One track for each party, slices for rounds, ops, sends and waits, arrows for
+        messages with their bytes; one online and one offline phase. Nothing secret is in it.
+        """
+        *arguments, file = inputs
+        if not isinstance(file, (str, os.PathLike)):
+            raise InputError("the last argument of trace is the name of the file to write")
+        encoded = encode_inputs(self.plan, self._checked(tuple(arguments)))
+        session = self.session()
+        try:
+            answer, self.last_run = traced(session, encoded, len(next(iter(encoded.values()))), file)
+        except BaseException:
+            self._session = None  # a failed session is not used again
+            session.close()
+            raise
+        return self._decoded(answer)
+
     def session(self, link: LinkModel | None = None) -> Session:
         """The session of this model, opened at first use; `link` emulates a network, and opens a new one."""
         if self._session is None or link is not None:
-            self._session = Session(self.plan, self._weights, link=link)
+            with waiting("sharing the weights; the first use compiles the kernels"):
+                self._session = Session(self.plan, self._weights, link=link)
+            log.info("session open: %d bytes for the weights", self._session.weight_meter.bytes)
         return self._session
 
     def _checked(self, arguments: tuple[Any, ...]) -> dict[str, Tensor]:

@@ -11,6 +11,10 @@ class CompileError(TacitError):
     """The model cannot be compiled as it is; the message names the layer and the remedy."""
 
 
+class CompilerBug(TacitError):
+    """The compiler itself failed; the message names the folder with what a report needs, without weights or inputs."""
+
+
 class PlanError(TacitError):
     """A plan is malformed: text that does not parse, a type that does not hold, a broken seal."""
 

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from html import escape
+from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 
@@ -14,6 +16,9 @@ from tacit.ir.cost import P0, P1, P2, ROLES, Cost, Link, Randomness
 from tacit.ir.errors import PlanError, draw
 from tacit.ir.op import Level, Op, inferred
 from tacit.ir.types import Type
+
+if TYPE_CHECKING:
+    from tacit.ir.predict import Prediction
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class PlanCost:
     batch: int
     rounds: int
     per_op: tuple[NodeCost, ...]
+    prediction: Prediction | None = None  # seconds, where a network was given
 
     def _links(self, kind: str) -> Counter[Link]:
         out: Counter[Link] = Counter()
@@ -232,8 +238,13 @@ class Plan:
     def _cost(self, node: Node, batch: int) -> Cost:
         return node.op.cost(*(t.at(batch) for t in self.arg_types(node)))
 
-    def cost(self, *, batch: int = 1) -> PlanCost:
-        """Rounds and bytes of one inference of a batch, exactly as they will be counted on the wire."""
+    def cost(self, *, batch: int = 1, network: str | None = None) -> PlanCost:
+        """Rounds and bytes of one inference of a batch, exactly as they will be counted on the wire.
+
+        network: virtual, lan, wan, or as in "rtt=40ms,rate=350Mbit": `prediction` then holds the seconds that a run
+        will take on machines like this one, whose speed is measured at first use, once, and kept in the user's cache.
+        Raises InputError for other networks.
+        """
         rows = []
         for node in self.nodes:
             schedule = self.session_schedule if node.op.session else self.schedule
@@ -247,7 +258,43 @@ class Plan:
                     self._cost(node, batch),
                 )
             )
-        return PlanCost(batch, self.schedule.rounds, tuple(rows))
+        return PlanCost(batch, self.schedule.rounds, tuple(rows), self.predict(batch, network) if network else None)
+
+    def predict(self, batch: int, network: str, *, measure: bool = True) -> Prediction | None:
+        """Seconds of one inference; None where the speed of this machine is unknown and is not to be measured."""
+        from tacit.ir.predict import FINDERS, network_model, predict
+
+        network_model(network)
+        machine = next((found for find in FINDERS if (found := find(measure))), None)
+        return predict(self, machine, batch=batch, network=network) if machine else None
+
+    def layers(self, *, batch: int = 1) -> list[dict[str, Any]]:
+        """Costs, shapes and ranges layer by layer, one dictionary each: what `pandas.DataFrame` takes."""
+        from tacit.ir.view.layers import layers
+
+        return layers(self, batch=batch)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the report, or the text at the levels before the protocol."""
+        from tacit.ir.view.page import framed, page
+
+        return (
+            framed(page(self, prediction=self.predict(1, "virtual", measure=False)))
+            if self.level is Level.PROTOCOL
+            else f"<pre>{escape(str(self))}</pre>"
+        )
+
+    def to_networkx(self) -> nx.DiGraph[str]:
+        """The lines as a graph, with types and costs as attributes."""
+        from tacit.ir.view.graph import to_networkx
+
+        return to_networkx(self)
+
+    def to_dot(self) -> str:
+        """The lines as a graph for Graphviz, modules as clusters."""
+        from tacit.ir.view.graph import to_dot
+
+        return to_dot(self)
 
     def requirements(self, *, batch: int = 1) -> tuple[Requirement, ...]:
         """The randomness that one inference of a batch consumes, in plan order."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tacit.ir.plan import Plan
 from tacit.passes.bound import bound_ranges
 from tacit.passes.draft import Draft
 from tacit.passes.lower import hoist_weight_openings, lower_to_protocol, number_lines, reveal_result, schedule_rounds
@@ -14,6 +17,7 @@ from tacit.passes.rings import choose_rings, spare_weight_bits
 from tacit.passes.simplify import drop_no_ops, drop_softmax_before_argmax, fold_batch_norm, move_max_pool_before_relu
 
 Pass = Callable[[Draft], Draft]
+log = logging.getLogger("tacit")
 
 PIPELINE: tuple[Pass, ...] = (
     drop_no_ops,
@@ -34,12 +38,20 @@ PIPELINE: tuple[Pass, ...] = (
 )
 
 
-def run_pipeline(draft: Draft) -> Draft:
-    """Run all passes, verifying the plan after each; with TACIT_DUMP=dir, write it there as NN_pass.txt."""
+def run_pipeline(draft: Draft, keep: Callable[[int, str, Plan], None] = lambda number, name, plan: None) -> Draft:
+    """Run all passes, verifying the plan after each; with TACIT_DUMP=dir, write it there as NN_pass.txt.
+
+    `keep` is shown the plan after capture and after every pass.
+    """
     _dump(0, "capture", draft)
+    keep(0, "capture", draft.plan)
+    begin = time.perf_counter()
     for i, (name, found) in enumerate(stages(draft), 1):
         draft = found
         _dump(i, name, draft)
+        keep(i, name, draft.plan)
+        log.debug("%s: %d lines, %.3f s", name, len(draft.plan.nodes), time.perf_counter() - begin)
+        begin = time.perf_counter()
     return draft
 
 

@@ -14,6 +14,7 @@ import torch
 from tacit.ir.cost import ROLES, Link
 from tacit.ir.errors import ProtocolError
 from tacit.ir.op import Spec
+from tacit.runtime.timeline import Timeline
 
 Tensor = torch.Tensor
 _POLL_SECONDS = 0.2
@@ -77,6 +78,7 @@ class Network:
         self._failed: str | None = None
         self.meter = Meter()
         self.transcript: list[tuple[Link, tuple[Tensor, ...]]] | None = None  # tests of leakage record here
+        self.timeline: Timeline | None = None  # traces collect sends and waits here
 
     def start_phase(self) -> Meter:
         """A fresh meter for what follows."""
@@ -91,11 +93,13 @@ class Network:
         return Channel(self, rank)
 
     def put(self, source: int, target: int, message: Sequence[Tensor]) -> None:
-        size = sum(t.nbytes for t in message)
+        begin, size = time.perf_counter(), sum(t.nbytes for t in message)
         depth = self.meter.sent(source, target, size)
         if self.transcript is not None:
             self.transcript.append(((source, target), tuple(t.clone() for t in message)))
         self._queues[source, target].put((depth, self._arrival((source, target), size), message))
+        if self.timeline is not None:
+            self.timeline.message("send", (source, target), size, begin)
 
     def _arrival(self, link: Link, size: int) -> float:
         """When a message sent now arrives: after those before it on its link, its own bytes, and the latency."""
@@ -106,6 +110,7 @@ class Network:
         return sent + self._model.latency_seconds
 
     def get(self, source: int, target: int) -> Sequence[Tensor]:
+        begin = time.perf_counter()
         while True:
             try:
                 depth, arrival, message = self._queues[source, target].get(timeout=_POLL_SECONDS)
@@ -116,6 +121,8 @@ class Network:
             if self._model is not None:
                 time.sleep(max(0.0, arrival - time.perf_counter()))
             self.meter.received(target, depth)
+            if self.timeline is not None:
+                self.timeline.message("wait", (source, target), sum(t.nbytes for t in message), begin)
             return message
 
 

@@ -38,6 +38,7 @@ from tacit.runtime import piecewise
 from tacit.runtime import ring as z64
 from tacit.runtime.channel import Channel
 from tacit.runtime.prf import Stream
+from tacit.runtime.timeline import Profile
 
 Tensor = torch.Tensor
 Values = dict[str, Any]
@@ -203,14 +204,6 @@ class Party:
 
 
 Seat = Callable[[Node], Party]
-# Seconds of work by phase ("offline", "online"), line and party; waiting for others is not in it.
-Profile = dict[tuple[str, str, int], float]
-
-
-def _book(profile: Profile | None, phase: str, node: Node, rank: int, begin: float) -> None:
-    if profile is not None:
-        key = (phase, node.name, rank)
-        profile[key] = profile.get(key, 0.0) + time.perf_counter() - begin
 
 
 def deal(
@@ -222,7 +215,8 @@ def deal(
         begin, party = time.perf_counter(), seat(node)
         material[node.name] = [part.deal(party) for part in node.op.parts(*party.args)]
         inventory += party.inventory
-        _book(profile, "offline", node, party.rank, begin)
+        if profile is not None:
+            profile.work("offline", node.name, party.rank, begin)
     return inventory
 
 
@@ -237,9 +231,8 @@ class _Running:
         # How many lines still need a value; dropped at zero, unless everything is kept.
         self._uses = Counter(arg for n in plan.nodes for arg in n.args if not keep and not plan.node(arg).op.session)
 
-    def advance(self, node: Node, program: Program, received: Received | None) -> None:
-        """Run a program to its next round, or to its end."""
-        begin = time.perf_counter()
+    def advance(self, node: Node, program: Program, received: Received | None, begin: float) -> None:
+        """Run a program to its next round, or to its end; this work began at `begin`."""
         try:
             wanted = next(program) if received is None else program.send(received)
             self.programs.append((node, program, wanted))
@@ -249,7 +242,8 @@ class _Running:
                 self._uses[arg] -= 1
                 if self._uses[arg] == 0:
                     self.values.pop(arg, None)
-        _book(self.profile, "online", node, self.rank, begin)
+        if self.profile is not None:
+            self.profile.work("online", node.name, self.rank, begin)
 
 
 def execute(
@@ -265,17 +259,20 @@ def execute(
     """Online: run the scheduled nodes; all messages of one round to one peer travel as one."""
     running = _Running(plan, values, rank=channel.rank, keep=keep, profile=profile)
     for step in range(schedule.rounds + 1):
+        start = time.perf_counter()
         for name in schedule.at(step):
-            node = plan.node(name)
+            node, begin = plan.node(name), time.perf_counter()
             if channel.rank in node.op.roles:
                 party = seat(node)
                 party.online = True
-                running.advance(node, node.op.run(party, *(values.get(arg) for arg in node.args)), None)
+                running.advance(node, node.op.run(party, *(values.get(arg) for arg in node.args)), None, begin)
         active, running.programs = running.programs, []
         for target, tensors in _outgoing(active):
             channel.send(target, tensors)
         for (node, program, _), received in zip(active, _incoming(channel, active), strict=True):
-            running.advance(node, program, received)
+            running.advance(node, program, received, time.perf_counter())
+        if profile is not None:
+            profile.round(step, channel.rank, start)
 
 
 def _outgoing(active: Sequence[tuple[Node, Program, Round]]) -> Iterator[tuple[int, list[Tensor]]]:

@@ -24,7 +24,8 @@ from tacit.runtime import prf
 from tacit.runtime.channel import LinkModel, Meter, Network
 from tacit.runtime.crew import PARTIES, Crew
 from tacit.runtime.memory import keep_freed_buffers
-from tacit.runtime.party import Party, Profile, Values, deal, execute
+from tacit.runtime.party import Party, Values, deal, execute
+from tacit.runtime.timeline import Profile
 
 Tensor = torch.Tensor
 _EVERYONE = tuple(range(len(ROLES)))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import re
 import subprocess
 import sys
@@ -164,6 +166,27 @@ def test_show_prints_the_plan_and_nothing_else(place: Path) -> None:
     text = (place / "logits" / "plan.txt").read_text()
     assert succeeds("show", place / "logits") == text
     assert succeeds("show", place / "logits" / "plan.txt") == text
+
+
+def test_show_has_colours_on_a_terminal_and_nowhere_else(place: Path) -> None:
+    primary, secondary = pty.openpty()
+    command = [sys.executable, "-c", "from tacit.cli import main; main()", "show", str(place / "logits")]
+    environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR")} | {
+        "TERM": "xterm-256color",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    running = subprocess.Popen(command, stdout=secondary, env=environment)
+    os.close(secondary)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal says that the other side is gone
+        while part := os.read(primary, 1 << 16):
+            shown += part
+    os.close(primary)
+    assert running.wait() == 0
+    assert b"\x1b[" in shown
+    text = re.sub(rb"\x1b\[[0-9;]*m", b"", shown).decode().replace("\r\n", "\n")
+    assert text == (place / "logits" / "plan.txt").read_text()
+    assert "\x1b" not in succeeds("show", place / "logits")
 
 
 def test_show_as_objects(place: Path) -> None:

@@ -1,0 +1,113 @@
+"""`tacit show`: a plan on the screen, with colours where that is a terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.highlighter import RegexHighlighter
+from rich.text import Text
+from rich.theme import Theme
+
+from tacit.cli_shared import AsJson, PlanPath, clear_errors, measured_times, read_plan_file
+from tacit.diff import ranges_text
+from tacit.ir.plan import Plan
+from tacit.ir.view.page import page
+
+
+def register(app: typer.Typer) -> None:
+    """Add this command to the command line."""
+    app.command("show")(show)
+
+
+class _PlanHighlighter(RegexHighlighter):
+    base_style = "plan."
+    highlights = [
+        r"(?P<name>%\w+)",
+        r"(?P<type>\w+<[^>]*>)",
+        r" = (?P<op>[\w.]+)",
+        r"(?P<path>@\S*)",
+        r"(?P<figures>#.*)",
+        r"^(?P<keyword>plan|seal)\b",
+        r"^  (?P<keyword>return)\b",
+    ]
+
+
+_THEME = Theme(
+    {
+        "plan.name": "cyan",
+        "plan.type": "green",
+        "plan.op": "bold",
+        "plan.path": "magenta",
+        "plan.figures": "dim",
+        "plan.keyword": "bold blue",
+    }
+)
+
+
+def show(
+    plan: PlanPath,
+    ranges: Annotated[bool, typer.Option("--ranges", help="The range of every line, and the bits left above.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the report, one page that needs no network.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="With --html: elements in the batch.")] = 1,
+    network: Annotated[str, typer.Option(help="With --html: predict times on virtual, lan, wan or rtt=..,rate=..")] = (
+        "virtual"
+    ),
+    measured: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="With --html: what `tacit run --json` or `bench --json` printed."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print a plan, after checking every line of it; or write its report."""
+    with clear_errors():
+        found = read_plan_file(plan)
+        if html is not None:
+            prediction = found.predict(batch, network)
+            times = None if measured is None else measured_times(measured)
+            html.write_text(page(found, batch=batch, prediction=prediction, measured=times), encoding="utf-8")
+            typer.echo(f"written   {html}")
+            return
+    if ranges:
+        typer.echo(ranges_text(found))
+        return
+    console = Console(theme=_THEME, highlight=False)
+    if as_json:
+        typer.echo(json.dumps(_plan_object(found)))
+    elif console.is_terminal:
+        text = Text(str(found), end="", no_wrap=True)
+        _PlanHighlighter().highlight(text)
+        console.print(text, soft_wrap=True, end="")
+    else:
+        typer.echo(str(found), nl=False)
+
+
+def _plan_object(plan: Plan) -> dict[str, Any]:
+    lines = [
+        {
+            "name": n.name,
+            "type": str(n.type),
+            "op": n.op.name,
+            "args": list(n.args),
+            "attributes": {f.name: getattr(n.op, f.name) for f in dataclasses.fields(n.op)},  # type: ignore[arg-type]
+            "session": n.op.session,
+            "path": n.path,
+        }
+        for n in plan.nodes
+    ]
+    return {
+        "name": plan.name,
+        "level": plan.level.value,
+        "protocol": plan.protocol,
+        "reveal": plan.reveal,
+        "ranges": plan.ranges,
+        "lines": lines,
+        "result": plan.result,
+        "digest": plan.digest,
+    }

@@ -1,0 +1,162 @@
+"""Plots, by matplotlib: an extra, `pip install tacit[plot]`. The ending of the file decides the format."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from tacit.bench import Measured, bench
+from tacit.diff import Diff
+from tacit.ir.errors import InputError
+from tacit.ir.view.page import time_text
+from tacit.progress import track
+
+if TYPE_CHECKING:
+    from tacit.peers.compare import Row
+
+_BATCHES = (1, 2, 8, 32, 128, 512)
+NETWORKS = ("virtual", "lan", "wan")
+# Told apart by people who see colours differently (Okabe and Ito), and by their markers.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_MARKERS = "osD^vPX"
+
+
+def require_matplotlib() -> Any:
+    """matplotlib's figure; raises InputError with the remedy where it is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("plots need matplotlib: pip install 'tacit[plot]'") from None
+    return Figure
+
+
+def _save(figure: Any, file: Path) -> None:
+    known = figure.canvas.get_supported_filetypes()
+    if file.suffix.lstrip(".").lower() not in known:
+        raise InputError(f"{file} has to end in one of .{', .'.join(sorted(known))}")
+    figure.savefig(file, dpi=160)
+
+
+def _style(axes: Any, title: str, x: str, y: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(True, which="major", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def sweep(model: str, *, most: int = 1, protocol: str, reveal: str, runs: int) -> list[Measured]:
+    """One measurement for each network and batch up to `most`."""
+    batches = [*(b for b in _BATCHES if b < most), most]
+    places = [(network, batch) for network in NETWORKS for batch in batches]
+    return [
+        bench(model, batch=batch, network=network, protocol=protocol, reveal=reveal, runs=runs)
+        for network, batch in track(places, f"measuring {model}")
+    ]
+
+
+def plot_bench(rows: Sequence[Measured], file: Path) -> None:
+    """Time of an image against the batch, and of the largest batch against the network, offline and online apart."""
+    figure = require_matplotlib()(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    networks = list(dict.fromkeys(row.network for row in rows))
+    for i, network in enumerate(networks):
+        mine = [row for row in rows if row.network == network]
+        times = [1e3 * row.total_s / row.batch for row in mine]
+        low, high = ([1e3 * row.spread_s[k] / row.batch for row in mine] for k in (0, 1))
+        left.plot([r.batch for r in mine], times, marker=_MARKERS[i], color=_COLOURS[i], label=network)
+        left.fill_between([r.batch for r in mine], low, high, color=_COLOURS[i], alpha=0.15, linewidth=0)
+    plain = [row for row in rows if row.network == networks[0]]
+    times = [1e3 * row.plaintext_s / row.batch for row in plain]
+    left.plot([r.batch for r in plain], times, color="#777777", linestyle="--", label="plaintext float32")
+    _logarithmic(left, sorted({row.batch for row in rows}))
+    left.legend(frameon=False)
+    name = f"{rows[0].model}, {rows[0].protocol} protocol, reveal {rows[0].reveal}"
+    _style(left, name, "batch", "ms per image, offline and online")
+    last = [max((row for row in rows if row.network == network), key=lambda row: row.batch) for network in networks]
+    offline, online = ([1e3 * getattr(row, key) for row in last] for key in ("offline_s", "online_s"))
+    right.bar(networks, offline, color=_COLOURS[4], label="offline", width=0.6)
+    right.bar(networks, online, bottom=offline, color=_COLOURS[0], label="online", width=0.6)
+    for i, row in enumerate(last):
+        right.annotate(time_text(row.total_s), (i, offline[i] + online[i]), ha="center", va="bottom")
+    right.margins(y=0.12)
+    right.legend(frameon=False)
+    _style(right, f"batch {last[0].batch}, {last[0].rounds} rounds", "network", "ms per batch")
+    _save(figure, file)
+
+
+def plot_peers(rows: Sequence[Row], file: Path) -> None:
+    """Time of an image against the batch: a panel for each network, a line for each system that gave an answer."""
+    models = list(dict.fromkeys(row.model for row in rows))
+    systems = list(dict.fromkeys(row.system for row in rows))
+    figure = require_matplotlib()(figsize=(1.5 + 4.2 * len(models), 4.4), layout="constrained")
+    panels = figure.subplots(1, len(models), squeeze=False)[0]
+    for axes, model in zip(panels, models, strict=True):
+        for i, system in enumerate(systems):
+            mine = [row for row in rows if (row.model, row.system) == (model, system) and row.ms_per_image is not None]
+            style = {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)]}
+            times = [row.ms_per_image for row in mine]
+            axes.plot(
+                [row.batch for row in mine], times, label=system, linewidth=2.6 if "Tacit" in system else 1.4, **style
+            )
+        _logarithmic(axes, sorted({row.batch for row in rows if row.model == model}))
+        _style(axes, f"{model}, encrypted argmax", "batch", "ms per image")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    _save(figure, file)
+
+
+def _logarithmic(axes: Any, batches: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(batches, [str(b) for b in batches])
+    axes.minorticks_off()
+
+
+def plot_diff(found: Diff, file: Path) -> None:
+    """A strip for the largest and for the mean error, a cell for each layer; the tolerance parts the colours."""
+    figure = require_matplotlib()(figsize=(max(6.0, 1.8 + 0.34 * len(found.layers)), 3.4), layout="constrained")
+    axes = figure.subplots()
+    floor = found.tolerance * 2.0**-12
+    errors = np.array([[r.largest_error for r in found.layers], [r.mean_error for r in found.layers]])
+    shade = np.log2(np.maximum(errors, floor) / found.tolerance)
+    image = axes.imshow(shade, aspect="auto", cmap="RdBu_r", vmin=-12, vmax=12)
+    axes.set_yticks([0, 1], ["largest", "mean"])
+    labels = [row.module or row.op for row in found.layers]
+    axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+    for i, row in enumerate(found.layers):
+        if row.overflowed or row.largest_error > found.tolerance:
+            axes.annotate("!", (i, 0), ha="center", va="center", fontweight="bold")
+    bar = figure.colorbar(image, ax=axes, ticks=[-12, -6, 0, 6, 12], pad=0.02)
+    bar.ax.set_yticklabels([r"$\leq$ tolerance / 4096", "/ 64", f"tolerance, {found.tolerance:.2g}", "x 64", "x 4096"])
+    axes.set_title(f"error by layer, {found.frac_bits} fractional bits, ranges {found.ranges}", loc="left", fontsize=11)
+    axes.set_xticks(np.arange(len(labels)) - 0.5, minor=True)
+    axes.tick_params(which="minor", length=0)
+    axes.grid(which="minor", color="white", linewidth=1.5)
+    _save(figure, file)
+
+
+def plot_errors(x: ArrayLike, error: ArrayLike, bound: ArrayLike | float, file: Path, *, title: str = "") -> None:
+    """The error of an approximation over its range, under the bound that is claimed for it.
+
+    x, error: one dimension, of one length. bound: a number, or one for each x, on the absolute error.
+    """
+    xs, errors = np.asarray(x, float), np.abs(np.asarray(error, float))
+    bounds = np.broadcast_to(np.asarray(bound, float), xs.shape)
+    if xs.ndim != 1 or xs.shape != errors.shape or not len(xs):
+        raise InputError(f"x and error have to be of one length, not {xs.shape} and {errors.shape}")
+    order = np.argsort(xs)
+    figure = require_matplotlib()(figsize=(7, 3.8), layout="constrained")
+    axes = figure.subplots()
+    least = max(float(errors[errors > 0].min(initial=math.inf)), float(bounds.max()) * 1e-6)
+    axes.plot(xs[order], np.maximum(errors, least)[order], color=_COLOURS[0], linewidth=1, label="|error|")
+    axes.plot(xs[order], bounds[order], color=_COLOURS[1], linestyle="--", label="bound")
+    axes.set_yscale("log")
+    axes.legend(frameon=False)
+    _style(axes, f"{title}  largest {errors.max():.2e}".strip(), "x", "absolute error")
+    _save(figure, file)

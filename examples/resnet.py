@@ -1,0 +1,71 @@
+"""A residual network in the style of those for CIFAR: batch norms are folded, ranges are measured on training images.
+
+python examples/resnet.py
+"""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from data import load
+from torch import nn
+from training import trained
+
+import tacit
+
+Tensor = torch.Tensor
+TRAINED_ON, IMAGES = 6000, 16
+
+
+class Block(nn.Module):
+    """Two convolutions and a way around them."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.around = nn.Conv2d(inputs, outputs, 1, stride) if stride > 1 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.around(x))
+
+
+class SmallResNet(nn.Module):
+    """A convolution, three blocks of 8, 16 and 32 channels, an average and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 8, 3, 2, 1)
+        self.blocks = nn.Sequential(Block(8, 8, 1), Block(8, 16, 2), Block(16, 32, 2))
+        self.fc = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(F.relu(self.first(x)))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def main() -> None:
+    digits = load()
+    few = replace(digits, name=f"{digits.name}, {TRAINED_ON} images", train_images=digits.train_images[:TRAINED_ON],
+                  train_labels=digits.train_labels[:TRAINED_ON])  # fmt: skip
+    model = trained(SmallResNet, few)
+    seen = few.train_images[:64]
+    secure = tacit.compile(model, seen, calibration=seen, reveal="argmax", input_range=(0, 1), name="resnet")
+    cost = secure.plan.cost(batch=IMAGES)
+    print(
+        f"{cost.rounds} rounds, {cost.online_bytes:,} bytes online, {cost.offline_bytes:,} offline for {IMAGES} images"
+    )
+    images, labels = digits.test_images[:IMAGES], digits.test_labels[:IMAGES]
+    classes = secure(images)
+    with torch.no_grad():
+        plain = model(images).argmax(1)
+    print(f"right {int((classes == labels).sum())}/{IMAGES}, as in plaintext {int((classes == plain).sum())}/{IMAGES}")
+    secure.reference(images, check=True)
+    print("no value left the range that the plan states for it")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Logs, signs of life, and what a failure of the compiler leaves behind."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from models import images, seeded
+from torch import nn
+
+import tacit
+from tacit import passes, progress
+from tacit.passes import Draft
+
+SMALL = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+
+
+@pytest.fixture
+def bugs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return tmp_path
+
+
+def broken(monkeypatch: pytest.MonkeyPatch, error: Exception, at: int = 6) -> str:
+    """A pipeline in which one pass fails; its name."""
+
+    def faulty(draft: Draft) -> Draft:
+        raise error
+
+    monkeypatch.setattr(passes, "PIPELINE", (*passes.PIPELINE[:at], faulty, *passes.PIPELINE[at + 1 :]))
+    return passes.PIPELINE[at - 1].__name__
+
+
+def numbers(model: nn.Module, *tensors: torch.Tensor) -> set[str]:
+    """The digits of every weight and input, as any way of printing them would begin."""
+    values = [v for t in [*model.state_dict().values(), *tensors] for v in t.double().flatten().tolist()]
+    scaled = [round(abs(v) * 2**f) for v in values for f in range(10, 24)]
+    return {f"{abs(v):.4f}" for v in values} | {str(v) for v in scaled if v > 9999}
+
+
+def test_a_failure_of_the_compiler_leaves_a_folder_without_weights(bugs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = seeded(SMALL), images(4, 6)
+    weight = model[0].weight.detach()
+    ring = int(weight[0, 0] * 2**20)
+    error = KeyError(f"w {weight[0, 0].item()} {weight} {ring} {weight[0].tolist()} {weight[1, 0].item():.3e} line7")
+    before = broken(monkeypatch, error)
+    with pytest.raises(tacit.CompilerBug) as raised:
+        tacit.compile(model, x, input_range=(-1, 1))
+    (folder,) = bugs.glob("tacit-bug-*")
+    assert str(folder) in str(raised.value)
+    assert f"after {before}" in str(raised.value)
+    assert isinstance(raised.value.__cause__, KeyError)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    texts = {path.name: path.read_text() for path in folder.iterdir()}
+    assert {"environment.txt", "traceback.txt", "00_capture.txt", f"06_{before}.txt"} <= texts.keys()
+    assert "faulty" in texts["traceback.txt"] and "KeyError" in texts["traceback.txt"]
+    assert "line7" in texts["traceback.txt"]
+    assert re.search(r"^torch \d", texts["environment.txt"], re.MULTILINE)
+    assert "option reveal='logits'" in texts["environment.txt"]
+    assert "model.linear" in texts["00_capture.txt"]
+    assert len([name for name in texts if name[:2].isdigit()]) == 7
+    everything = "\n".join(texts.values())
+    assert not [value for value in numbers(model, x) if value in everything]
+    assert len([value for value in numbers(model, x) if value in str(error)]) > 20  # the search finds what is there
+
+
+def test_causes_are_told_and_shortened(bugs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = ValueError("outer " * 200)
+    error.__cause__ = RuntimeError("inner reason 0.12345")
+    broken(monkeypatch, error)
+    with pytest.raises(tacit.CompilerBug):
+        tacit.compile(seeded(SMALL), images(4, 6))
+    (folder,) = bugs.glob("tacit-bug-*")
+    told = (folder / "traceback.txt").read_text()
+    assert "RuntimeError: inner reason #" in told
+    assert told.count("outer") < 100
+
+
+@pytest.mark.parametrize("error", [tacit.CompileError("mend this"), MemoryError()])
+def test_what_a_user_can_mend_is_no_bug(bugs: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    broken(monkeypatch, error)
+    with pytest.raises(type(error)):
+        tacit.compile(seeded(SMALL), images(4, 6))
+    assert not list(bugs.glob("tacit-bug-*"))
+
+
+# --- logs ---
+
+
+def test_the_log_tells_of_passes_and_sessions_and_of_no_value(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = seeded(SMALL), images(4, 6)
+    with caplog.at_level(logging.DEBUG, logger="tacit"):
+        tacit.compile(model, x, input_range=(-1, 1))(x)
+    told = "\n".join(record.getMessage() for record in caplog.records if record.name == "tacit")
+    for word in ("choose_scale", "compiled", "session open", "batch of 4"):
+        assert word in told
+    assert not [value for value in numbers(model, x) if value in told]
+
+
+@pytest.mark.parametrize(
+    ("level", "expected"),
+    [("INFO", "tacit INFO compiled"), ("", None), ("loud", "has to be DEBUG")],
+)
+def test_the_environment_sets_the_level(level: str, expected: str | None) -> None:
+    program = "import tacit, torch; tacit.compile(torch.nn.Linear(2, 2).eval(), torch.ones(1, 2))"
+    environment = {"PYTHONPATH": ":".join(filter(None, sys.path)), "PATH": "/usr/bin:/bin", "TACIT_LOG": level}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert expected in done.stderr if expected else done.stderr == ""
+
+
+# --- signs of life ---
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_PATIENCE", 0.05)
+    monkeypatch.setenv("TERM", "xterm")
+
+
+def long_work() -> list[int]:
+    with progress.waiting("dealing"):
+        time.sleep(0.4)
+        with progress.waiting("inner"):
+            time.sleep(0.1)
+    out = []
+    for i in progress.track(range(3), "measuring"):
+        time.sleep(0.1)
+        out.append(i)
+    return out
+
+
+def test_a_terminal_sees_what_takes_its_time(patience: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", screen := Terminal())
+    assert long_work() == [0, 1, 2]
+    assert "dealing" in screen.getvalue() and "measuring" in screen.getvalue()
+    assert "inner" not in screen.getvalue()
+
+
+def test_what_is_quick_or_not_on_a_terminal_is_silent(
+    patience: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert long_work() == [0, 1, 2]
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(progress, "_PATIENCE", 5.0)
+    monkeypatch.setattr(sys, "stderr", screen := Terminal())
+    assert long_work() == [0, 1, 2]
+    assert "dealing" not in screen.getvalue() and "measuring" not in screen.getvalue()
+    with pytest.raises(ValueError, match="on purpose"), progress.waiting("failing"):
+        raise ValueError("on purpose")
+    assert not progress._showing.locked()

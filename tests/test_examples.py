@@ -1,0 +1,62 @@
+"""Every example runs, says what it should, and is short."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+SAYS = {
+    "story.py": ["Test set: Accuracy: ", "/1600 (", "15 rounds"],
+    "lenet.py": ["conv2", "bit for bit", "trace.json"],
+    "plans.py": ["the text is the plan: True", "fused, reveal argmax", "What the textbook protocol costs"],
+    "resnet.py": ["as in plaintext 16/16", "no value left the range"],
+    "three_parties.py": ["The parties have stopped", "Same class as the float model: 2000/2000"],
+    "demo.py": ["LeNet: only the number of correct predictions is opened", "Same class as the float model: "],
+}
+LONG = {"resnet.py", "three_parties.py", "demo.py"}
+OTHERS = {"data.py", "training.py"}  # what the examples share
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in SAYS]
+)
+def test_an_example_runs(name: str, tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-W", "error", str(EXAMPLES / name)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for words in SAYS[name]:
+        assert words in done.stdout
+
+
+def test_all_examples_are_run_and_short() -> None:
+    scripts = {path.name: len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")}
+    assert scripts.keys() - OTHERS - {"custom_layer.py"} == SAYS.keys()  # that one has a test of its own
+    assert not {name: lines for name, lines in scripts.items() if lines >= 80}
+
+
+def test_the_notebook_runs_cell_by_cell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a kernel does: statements run, and the value of a last expression is displayed."""
+    notebook = json.loads((EXAMPLES / "story.ipynb").read_text())
+    assert (notebook["nbformat"], notebook["metadata"]["kernelspec"]["name"]) == (4, "python3")
+    assert not [cell for cell in notebook["cells"] if cell.get("outputs")]  # nothing stale is kept
+    scope: dict[str, Any] = {}
+    displayed = []
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            tree = ast.parse("".join(cell["source"]))
+            last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+            exec(compile(tree, "cell", "exec"), scope)
+            if isinstance(last, ast.Expr):
+                displayed.append(eval(compile(ast.Expression(last.value), "cell", "eval"), scope))
+    told = capsys.readouterr().out
+    assert "/1600 (" in told and "ms per image" in told
+    assert [value._repr_html_()[:7] for value in displayed if value is not None] == ["<iframe"]
