@@ -55,7 +55,7 @@ def compile(
     calibration: inputs on which value ranges are measured, with a margin of one bit; without them, ranges are proved.
     input_range: (low, high), or one such pair for each input. Clients refuse inputs outside it. Default: symmetric,
         to the power of two at or above twice the largest magnitude of the example, at least 4.
-    frac_bits: fractional bits of activations, 1 to 20; weights get four more. Default: the fewest with which
+    frac_bits: fractional bits of activations, 1 to 20; weights get up to four more. Default: the fewest with which
         logits stay within 2^-8 of the float model's.
     max_error: how far the polynomials that stand for sigmoid, GELU, exp and the like may be from them, over the range
         that their operand can have; relative where the function is above 1. From 2^-20 to 2^-3.

@@ -103,6 +103,8 @@ class Op:
     roles: ClassVar[tuple[int, ...]] = (P0, P1, P2)
     # The rings, in bits, that all operands and the result may live in: one and the same ring, unless `changes_ring`.
     rings: ClassVar[tuple[int, ...]] = (RING_BITS,)
+    # For the leakage statement: what P2 is sent online beyond blinded comparisons, and why that tells it nothing.
+    seen_by_dealer: ClassVar[tuple[str, str] | None] = None
     registry: ClassVar[dict[str, type[Op]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -83,7 +83,7 @@ def spare_weight_bits(draft: Draft) -> Draft:
     products, or else for those with the most work, as far as the logits of the probes stay accurate. The network is
     then written and bounded anew.
     """
-    model = draft.model
+    model, draft = draft.model, replace(draft, model=None)  # its weights are not needed any longer
     if model is None or draft.plan.protocol != _SUITE:
         return draft
     chosen = sorted(_candidates(draft), key=lambda spare: -spare.work)
@@ -95,7 +95,7 @@ def spare_weight_bits(draft: Draft) -> Draft:
         kept = [spare for spare in chosen if spare.origins <= fitting]
         if kept == chosen:
             if logit_error(spared)[0] <= limit:
-                return tried
+                return replace(tried, model=None)
             kept = chosen[: len(chosen) // 2]
         chosen = kept
     return draft

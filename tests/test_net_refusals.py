@@ -288,7 +288,7 @@ def test_a_share_of_the_wrong_size(place: Trio) -> None:
         raw = admitted(place, rank=P1)
         raw.send(Kind.CAST, {"what": "share", "batch": 2, "seconds": 5}, request=5)
         raw.send(Kind.DATA, request=5, raw=bytes(8))
-        assert raw.refused() == "a share of 8 bytes where the plan provides for 144"
+        assert raw.refused() == "a share of 8 bytes where the plan provides for 72"
 
 
 def test_a_batch_beyond_the_limit_is_refused_by_the_party_too(place: Trio) -> None:

@@ -20,7 +20,7 @@ from torch import nn
 
 import tacit
 from tacit import networks
-from tacit.ir.cost import ROLES
+from tacit.ir.cost import P2, ROLES
 from tacit.ir.plan import Plan
 from tacit.ir.view.leakage import leakage
 from tacit.ir.view.page import help_of, page
@@ -239,3 +239,9 @@ def test_a_screenshot_in_both_schemes_has_contrast(tmp_path: Path, scheme: str) 
 def luminance(picture: Path) -> torch.Tensor:
     with Image.open(picture) as image:
         return torch.from_numpy(np.array(image.convert("L"), dtype=np.float32)) / 255
+
+
+def test_the_statement_names_ranks_that_p2_is_sent() -> None:
+    sees = {reveal: leakage(plan_of("mlp", reveal=reveal)).views[P2].sees for reveal in ("argmax", "logits")}
+    assert "ranks" in " ".join(sees["argmax"])
+    assert "ranks" not in " ".join(sees["logits"])

@@ -44,9 +44,9 @@ class Trunc(Op):
 
     def infer(self, x: Type) -> Type:
         expect_kind("secret", x)
-        expect(0 < self.bits <= x.frac, f"cannot truncate {x} by {self.bits} bits")
-        expect(self.bits <= x.ring - 2, f"cannot truncate {x} by {self.bits} bits")
-        # The fixed level comes before range analysis: there, every width is still the ring's.
+        expect(0 < self.bits <= min(x.frac, x.ring - 2), f"cannot truncate {x} by {self.bits} bits")
+        # The fixed level comes before range analysis: there, every width is still the ring's, Z_2^64.
+        expect(x.width < x.ring or x.ring == RING_BITS, f"{x} is too wide to be truncated: at most b{x.ring - 1}")
         width = max(min(x.width, x.ring - 1) - self.bits + 1, 3)
         return x.with_(frac=x.frac - self.bits, width=min(width, self.ring), ring=self.ring)
 
@@ -116,9 +116,10 @@ class ReLU(FixedReLU):
         if not self.truncate:
             expect(self.ring == RING_BITS, "a result that is not truncated stays in its ring")
             return x
-        out = super().infer(x)
+        expect(0 < self.truncate <= x.frac, f"cannot truncate {x} by {self.truncate} bits")
         # Unlike in a truncation alone, x may take all bits of its ring.
-        return out.with_(width=min(max(x.width - self.truncate + 1, 3), self.ring), ring=self.ring)
+        width = max(x.width - self.truncate + 1, 3)
+        return x.with_(frac=x.frac - self.truncate, width=min(width, self.ring), ring=self.ring)
 
     def parts(self, x: Type) -> tuple[Subprotocol, ...]:
         target = self.ring if self.truncate else x.ring

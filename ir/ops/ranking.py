@@ -90,6 +90,10 @@ class ArgmaxByRank(FixedArgmax):
     name = "argmax_by_rank"
     levels = frozenset({Level.PROTOCOL})
     rings = tuple(DTYPES)
+    seen_by_dealer = (
+        "The ranks of the classes of an argmax, in an order that P0 and P1 drew.",
+        "Ranks are the numbers from 0 on, each once, and their order is uniform: it says nothing about the classes.",
+    )
 
     window: int = RING_BITS
 

@@ -91,12 +91,12 @@ def _received(plan: Plan, rank: int) -> list[Received]:
 def _server(plan: Plan, rank: int, received: list[Received], compares: bool) -> View:
     peer = ROLES[P1 if rank == P0 else P0]
     sees = [
-        "One additive share of every weight, input and value in between, uniform in Z_2^64.",
+        "One additive share of every weight, input and value in between, uniform in the ring of its line.",
         f"Values that it opens with {peer}: each is a secret plus a mask drawn by P2 for this value alone.",
     ]
     because = [
         "A single share is uniform and independent of the value; the other one stays with " + peer + ".",
-        "A mask is uniform in all of Z_2^64 and used once, so the opened sum is uniform whatever the secret is.",
+        "A mask is uniform in the whole ring and used once, so the opened sum is uniform whatever the secret is.",
     ]
     if rank == P1:
         sees.append("Corrections from P2, which make dealt shares fit together.")
@@ -134,6 +134,9 @@ def _dealer(plan: Plan, received: list[Received]) -> View:
             "Each is either uniform in its ring under a mask that P2 does not know, or a blinded, shuffled vector that "
             "says one fair bit (SecureNN, Wagh, Gupta and Chandran, PETS 2019)."
         )
+    for view in dict.fromkeys(node.op.seen_by_dealer for node in plan.nodes if node.op.seen_by_dealer):
+        sees.append(view[0])
+        because.append(view[1])
     return View(ROLES[P2], tuple(received), tuple(sees), tuple(because))
 
 
