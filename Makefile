@@ -11,7 +11,7 @@ endif
 export TACIT_DATA
 
 # A strict editable install links every file: it is renewed when a file appears or disappears.
-SOURCES := $(sort $(wildcard compiler/*.py compiler/peers/*.py ir/*.py ir/ops/*.py ir/view/* passes/*.py runtime/*.py runtime/net/*.py))
+SOURCES := $(sort $(wildcard compiler/*.py compiler/peers/*.py ir/*.py ir/ops/*.py ir/view/*.py ir/view/*.css ir/view/*.js passes/*.py runtime/*.py runtime/net/*.py))
 NAMES := $(VENV)/names-$(shell printf '%s' '$(SOURCES)' | cksum | cut -d' ' -f1)
 
 .PHONY: demo test lint peers clean

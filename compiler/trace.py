@@ -11,6 +11,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,8 @@ def _events(plan: Plan, slices: Sequence[Slice], phases: _Phases) -> Iterator[Ev
         for rank in ranks:
             yield _complete(rank, phase, "phase", begin - origin, end - origin, {})
             mine = [s for s in slices if s.rank == rank and begin <= s.begin and s.end <= end]
-            for idle in _idle(mine, rank, begin, end):
-                yield _complete(rank, "wait", "wait", idle.begin - origin, idle.end - origin, {"for": "the others"})
+            for name, kind, a, b in _between(mine, begin, end):
+                yield _complete(rank, name, kind, a - origin, b - origin, {})
             for one in mine:
                 yield _slice(plan, one, origin)
     yield from _flows(slices, origin)
@@ -77,12 +78,22 @@ def _complete(rank: int, name: str, kind: str, begin: float, end: float, args: M
     return {"ph": "X", "pid": 1, "tid": rank, "name": name, "cat": kind, **times, "args": dict(args)}
 
 
-def _idle(mine: Sequence[Slice], rank: int, begin: float, end: float) -> Iterator[Slice]:
-    """Before a party's first slice and after its last: it has nothing to do in this phase."""
-    first, last = min((s.begin for s in mine), default=end), max((s.end for s in mine), default=end)
-    for a, b in ((begin, first), (last, end)):
-        if b > a:
-            yield Slice(rank, "wait", "wait", a, b)
+def _between(mine: Sequence[Slice], begin: float, end: float) -> Iterator[tuple[str, str, float, float]]:
+    """What lies between the slices of a party, as name, kind, begin and end.
+
+    Before the first and after the last it waits for the others. In between it is the executor that works, or
+    the system that gives the core to another thread. Such a stretch ends where a round ends, so that slices nest.
+    """
+    leaves = sorted((s for s in mine if s.kind != "round"), key=lambda s: s.begin)
+    first, last = min((s.begin for s in leaves), default=end), max((s.end for s in leaves), default=end)
+    borders = sorted({edge for s in mine if s.kind == "round" for edge in (s.begin, s.end)})
+    done = begin
+    for stop in [*(s.begin for s in leaves), end]:
+        if stop > done:
+            name, kind = ("wait for the others", "wait") if done < first or done >= last else ("executor", "executor")
+            cuts = [done, *(edge for edge in borders if done < edge < stop), stop]
+            yield from ((name, kind, a, b) for a, b in pairwise(cuts))
+        done = max(done, *(s.end for s in leaves if s.begin == stop), stop)
 
 
 def _slice(plan: Plan, one: Slice, origin: float) -> Event:

@@ -107,7 +107,7 @@ def test_the_log_tells_of_passes_and_sessions_and_of_no_value(caplog: pytest.Log
 
 @pytest.mark.parametrize(
     ("level", "expected"),
-    [("INFO", "tacit INFO compiled"), ("", None), ("loud", "has to be DEBUG")],
+    [("info", "tacit INFO compiled"), ("", None)],
 )
 def test_the_environment_sets_the_level(level: str, expected: str | None) -> None:
     program = "import tacit, torch; tacit.compile(torch.nn.Linear(2, 2).eval(), torch.ones(1, 2))"
@@ -115,6 +115,22 @@ def test_the_environment_sets_the_level(level: str, expected: str | None) -> Non
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert expected in done.stderr if expected else done.stderr == ""
+
+
+def test_a_level_that_does_not_exist_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, level = list(progress.log.handlers), progress.log.level
+    monkeypatch.setenv("TACIT_LOG", "loud")
+    progress.configure_log()
+    try:
+        progress.log.info("told")
+        progress.log.debug("not told")
+    finally:
+        progress.log.handlers[:] = before
+        progress.log.setLevel(level)
+    told = capsys.readouterr().err
+    assert "has to be DEBUG, INFO" in told and "INFO told" in told and "not told" not in told
 
 
 # --- signs of life ---

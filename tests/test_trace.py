@@ -36,27 +36,44 @@ def lenet() -> tacit.Secure:
 
 @pytest.mark.parametrize("batch", [2, 32])
 def test_slices_add_up_to_the_measured_time(lenet: tacit.Secure, tmp_path: Path, batch: int) -> None:
-    """Per party: rounds and idle ends fill the phase; ops, sends and waits fill nearly all of it."""
+    """Per party: ops, sends, waits and the executor between them fill the phase, and the executor is the least."""
     lenet.trace(torch.rand(batch, 1, 28, 28), tmp_path / "trace.json")
     events, told = read(tmp_path / "trace.json")
     run = lenet.last_run
     assert run is not None
     assert told["online_seconds"] == run.online_seconds
     phases = {(e["name"], e["tid"]): e for e in events if e.get("cat") == "phase"}
-    for rank in range(4):
-        whole = phases["online", rank]
-        assert whole["dur"] == pytest.approx(1e6 * run.online_seconds, rel=1e-6)
+    for (name, rank), whole in phases.items():
+        seconds = run.online_seconds if name == "online" else run.offline_seconds
+        assert whole["dur"] == pytest.approx(1e6 * seconds, rel=1e-6)
         spent = defaultdict(float)
-        for e in within(events, whole):
+        for e in outermost(within(events, whole)):
             spent[e["cat"]] += e["dur"]
-        # A wait of the whole party lies outside its rounds, those for messages within.
-        leaves = spent["op"] + spent["send"] + spent["wait"]
-        assert 0.95 < leaves / whole["dur"] < 1.05, (ROLES[rank], dict(spent), whole["dur"])
-    for rank in range(3):
-        whole = phases["offline", rank]
-        # An op that deals sends or waits within its slice.
-        spent = sum(e["dur"] for e in within(events, whole) if e["cat"] == "op" or e["args"].get("for"))
-        assert 0.95 < spent / (1e6 * run.offline_seconds) < 1.05
+        assert 0.95 < sum(spent.values()) / (1e6 * seconds) < 1.05, (name, ROLES[rank], dict(spent), seconds)
+        # A loaded machine takes the core away between any two slices; without that it is some per cent.
+        assert spent["executor"] < 0.3 * sum(spent.values()), (name, ROLES[rank], dict(spent))
+    assert len(phases) == 7
+
+
+def outermost(events: list[Event]) -> list[Event]:
+    """Without rounds, and without what lies inside an op that deals."""
+    out: list[Event] = []
+    for e in sorted((e for e in events if e["cat"] != "round"), key=lambda e: (e["ts"], -e["dur"])):
+        if not out or e["ts"] >= out[-1]["ts"] + out[-1]["dur"] - 1e-3:
+            out.append(e)
+    return out
+
+
+def test_slices_of_a_track_nest(lenet: tacit.Secure, tmp_path: Path) -> None:
+    lenet.trace(torch.rand(4, 1, 28, 28), tmp_path / "trace.json")
+    events, _ = read(tmp_path / "trace.json")
+    for rank in range(4):
+        around: list[Event] = []
+        for e in sorted((e for e in events if e["ph"] == "X" and e["tid"] == rank), key=lambda e: (e["ts"], -e["dur"])):
+            while around and e["ts"] >= around[-1]["ts"] + around[-1]["dur"] - 1e-3:
+                around.pop()
+            assert not around or e["ts"] + e["dur"] <= around[-1]["ts"] + around[-1]["dur"] + 1e-3
+            around.append(e)
 
 
 def within(events: list[Event], whole: Event) -> list[Event]:
