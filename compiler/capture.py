@@ -25,6 +25,7 @@ from tacit.layout import Laid, Layout
 Tensor = torch.Tensor
 Range = tuple[float, float]
 _NUMBERS = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
+INTEGERS = (torch.int64, torch.int32)
 _VIEWS = {
     f"aten.{name}"
     for name in (
@@ -108,9 +109,12 @@ class Capture(Graph):
 
     def _input(self, node: torch.fx.Node) -> None:
         value = node.meta.get("val")
-        if not isinstance(value, torch.Tensor) or value.dtype not in FLOATS:
+        rows = self._vocabulary(node) if isinstance(value, torch.Tensor) and value.dtype in INTEGERS else 0
+        if not isinstance(value, torch.Tensor) or (value.dtype not in FLOATS and not rows):
             kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
-            self.unsupported(f"input '{node.name}' is {kind}; inputs are float32 or float64 tensors")
+            self.unsupported(
+                f"input '{node.name}' is {kind}; inputs are float32 or float64 tensors, or indices of an embedding"
+            )
         if value.dim() < 1 or isinstance(value.shape[0], int):
             self.unsupported(
                 f"input '{node.name}' has no symbolic batch as its first dimension: export with a dynamic one"
@@ -119,8 +123,15 @@ class Capture(Graph):
         if not self._ranges:
             raise CompileError("the model takes more inputs than there are examples")
         low, high = self._ranges.pop(0)
+        op = Input(node.name, 0.0, float(rows - 1), integers=True) if rows else Input(node.name, low, high)
         declared = Type("real", tuple(self.dim(d) for d in value.shape))
-        self._values[node] = Laid(self.declare(Input(node.name, low, high), declared, name=node.name))
+        self._values[node] = Laid(self.declare(op, declared, name=node.name))
+
+    @staticmethod
+    def _vocabulary(node: torch.fx.Node) -> int:
+        """Of how many rows an integer input chooses: the fewest of all embeddings that read it; 0 where none does."""
+        tables = [user.args[0] for user in node.users if str(user.target) == "aten.embedding.default"]
+        return min((len(table.meta["val"]) for table in tables if isinstance(table, torch.fx.Node)), default=0)
 
     def _call(self, node: torch.fx.Node) -> None:
         value = node.meta.get("val")
@@ -199,6 +210,7 @@ class Capture(Graph):
         first = laid[0]
         if all(x.trivial for x in laid) or not layer.batch_anywhere:
             names = _mapped(k, self._layout.batch_first)
+            first = Laid(first.line)
         else:
             rank = max(len(self._layout.shape(x)) for x in laid)
             laid = [self._of_rank(x, rank) for x in laid]
@@ -250,10 +262,10 @@ class Capture(Graph):
 
     def _result(self, like: Laid, line: str, value: Any) -> Laid:
         """A result with the batch where PyTorch has it."""
-        if self.is_weight(line) or like.trivial:
+        if self.is_weight(line):
             return Laid(line)
         symbolic = [i for i, d in enumerate(value.shape) if not isinstance(d, int)]
-        return like.like(line, symbolic[0] if symbolic else 0)
+        return self._layout.joined(like.like(line, symbolic[0] if symbolic else 0))
 
     def _fits(self, found: Laid, value: Any) -> Laid:
         """The result, whose shape has to be the one that PyTorch has."""

@@ -12,9 +12,10 @@ import torch
 from torch.export import ExportedProgram
 
 from tacit.bug import reported
-from tacit.capture import Capture, Range
+from tacit.capture import INTEGERS, Capture, Range
 from tacit.export import export
 from tacit.ir.errors import CompileError
+from tacit.ir.ops.model import CountCorrect
 from tacit.ir.ops.roles import Input
 from tacit.ir.plan import Plan
 from tacit.passes import Draft, run_pipeline
@@ -49,7 +50,7 @@ def compile(
 
     model: a torch.nn.Module in evaluation mode, a torch.fx.GraphModule, or an ExportedProgram with a dynamic batch.
     example_inputs: a float tensor or a tuple of the model's arguments, each a float tensor or a tuple, list or
-        dictionary of them; the first dimension of all is the batch.
+        dictionary of them; the first dimension of all is the batch. Indices of an embedding are integers.
     reveal: what the client learns: "logits", "argmax", or "correct" (how many of a batch match secret targets).
     protocol: "fused" (three-round comparisons) or "securenn" (the textbook suite, a baseline).
     calibration: inputs on which value ranges are measured, with a margin of one bit; without them, ranges are proved.
@@ -76,7 +77,8 @@ def compile(
         draft = prepare(model, example_inputs, calibration=calibration, input_range=input_range, **options)
         draft = run_pipeline(draft, keep)
     log.info("compiled %s: %d lines, %.2f s", draft.plan.name, len(draft.plan.nodes), time.perf_counter() - begin)
-    return Secure(draft.plan, draft.weights, leaves(example_inputs)[0].dtype)
+    kinds = [x.dtype for x in leaves(example_inputs) if x.is_floating_point()]
+    return Secure(draft.plan, draft.weights, kinds[0] if kinds else torch.float32)
 
 
 def prepare(
@@ -132,9 +134,11 @@ def _arguments(examples: Any) -> tuple[Any, ...]:
 def _as_tuple(value: Any, what: str) -> tuple[Tensor, ...]:
     items = leaves(value)
     for x in items:
-        if not isinstance(x, torch.Tensor) or x.dim() < 2 or not x.is_floating_point() or len(x) == 0:
+        fit = isinstance(x, torch.Tensor) and len(x.shape) >= 2 and len(x) > 0
+        if not fit or not (x.is_floating_point() or x.dtype in INTEGERS):
             raise CompileError(
-                f"{what} has to be a float tensor, or a tuple of them, with the batch as first dimension"
+                f"{what} has to be a float tensor (or indices of an embedding), or a tuple of them, with the batch as "
+                "first dimension"
             )
         if not bool(torch.isfinite(x).all()):
             raise CompileError(f"{what} holds NaN or infinity")
@@ -145,7 +149,7 @@ def _as_tuple(value: Any, what: str) -> tuple[Tensor, ...]:
 
 def _ranges(given: Range | Sequence[Range] | None, examples: Sequence[Tensor]) -> list[Range]:
     if given is None:
-        reach = [max(_LEAST_REACH, 2 * float(x.abs().max())) for x in examples]
+        reach = [max(_LEAST_REACH, 2 * float(x.abs().max())) for x in examples]  # of indices, the embedding tells it
         powers = [2.0 ** math.ceil(math.log2(r)) for r in reach]
         return [(-p, p) for p in powers]
     try:
@@ -162,7 +166,7 @@ def _ranges(given: Range | Sequence[Range] | None, examples: Sequence[Tensor]) -
     if len(out) != len(examples):
         raise CompileError(f"{len(out)} input ranges for {len(examples)} inputs")
     for (low, high), x in zip(out, examples, strict=True):
-        if float(x.min()) < low or float(x.max()) > high:
+        if x.is_floating_point() and (float(x.min()) < low or float(x.max()) > high):
             raise CompileError(f"the example input lies outside input_range ({low}, {high})")
     return out
 
@@ -177,7 +181,9 @@ def _require_fit(plan: Plan, values: Sequence[Tensor], what: str) -> None:
 
 
 def _inputs(plan: Plan) -> list[tuple[str, Input]]:
-    return [(node.name, node.op) for node in plan.find(Input) if isinstance(node.op, Input) and not node.op.integers]
+    targets = {node.args[1] for node in plan.find(CountCorrect)}
+    inputs = [(node.name, node.op) for node in plan.find(Input) if isinstance(node.op, Input)]
+    return [(name, op) for name, op in inputs if name not in targets]
 
 
 def _probes(plan: Plan, examples: Sequence[Tensor], calibration: Sequence[Tensor] | None) -> dict[str, Tensor]:
@@ -189,7 +195,8 @@ def _probes(plan: Plan, examples: Sequence[Tensor], calibration: Sequence[Tensor
     chosen = {}
     for (_, op), x in zip(inputs, examples, strict=True):
         spread = torch.rand((_PROBES, *x.shape[1:]), generator=generator, dtype=torch.float64)
-        chosen[op.label] = torch.cat([x[:_PROBES].double(), op.low + spread * (op.high - op.low)])
+        spread = op.low + spread * (op.high - op.low)
+        chosen[op.label] = torch.cat([x[:_PROBES].double(), spread.round() if op.integers else spread])
     return _with_targets(plan, chosen)
 
 
@@ -204,7 +211,7 @@ def _calibration(plan: Plan, given: Sequence[Tensor] | None) -> dict[str, Tensor
 def _with_targets(plan: Plan, values: dict[str, Tensor]) -> dict[str, Tensor]:
     """The values, and zeros for the targets of a count."""
     batch = len(next(iter(values.values())))
-    labels = [node.op.label for node in plan.find(Input) if isinstance(node.op, Input) and node.op.integers]
+    labels = [node.op.label for node in plan.find(Input) if isinstance(node.op, Input) and node.op.label not in values]
     return {k: x.double() for k, x in values.items()} | {label: torch.zeros(batch).double() for label in labels}
 
 

@@ -130,6 +130,11 @@ class Graph(Builder):
         dtype: torch.dtype = self.node.meta["val"].dtype
         return dtype
 
+    def only_for(self, operator: str) -> bool:
+        """Whether nothing but this operator reads the result of the graph node under way."""
+        assert self.node is not None
+        return all(f".{operator}." in str(user.target) for user in self.node.users)
+
     @contextmanager
     def as_target(self, target: str) -> Iterator[None]:
         """While a layer is written by means of another one's operator."""
@@ -157,7 +162,12 @@ class Graph(Builder):
         if value.is_floating_point() and value.dtype not in FLOATS:
             self.unsupported(f"{kind}: convert with model.float()")
         value = value.detach()
-        if value.is_floating_point() and not bool(torch.isfinite(value.sum(dtype=torch.float64))):
+        # A mask of scores may hold minus infinity. The sum is quick, and finite for all others.
+        if (
+            value.is_floating_point()
+            and not bool(torch.isfinite(value.sum(dtype=torch.float64)))
+            and not bool(torch.isfinite(value[value != -torch.inf]).all())
+        ):
             self.unsupported(f"'{label}' holds NaN or infinity")
         shaped = value.reshape(1) if value.dim() == 0 else value
         self.weights[label] = shaped if value.is_floating_point() else shaped.float()

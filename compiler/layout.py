@@ -76,7 +76,7 @@ class Layout:
             self._unsupported("a reshape that moves or splits the batch dimension; keep the batch whole")
         taken = [n for n in (left, right) if n > 1]
         line = self._reshape(x.line, (*wanted[:place], *taken, *wanted[place + 1 :]), 1)
-        return self._joined(Laid(line, place, left, right))
+        return self.joined(Laid(line, place, left, right))
 
     def permute(self, x: Laid, order: Sequence[int]) -> Laid:
         """Logical dimension i of the result is order[i] of x."""
@@ -86,10 +86,11 @@ class Layout:
             axes += [x.place + 1 + i for i in range(x.extra)] if dim == x.place else [x.axis(dim)]
         axes = [0, *axes]
         line = x.line if axes == sorted(axes) else self._b.emit(Permute(tuple(axes)), x.line)
-        return self._joined(x.like(line, list(order).index(x.place)))
+        return self.joined(x.like(line, list(order).index(x.place)))
 
     def batch_first(self, x: Laid) -> str:
         """The line that is the tensor as it stands."""
+        x = self.joined(x)
         if not x.trivial:
             self._unsupported(
                 f"the batch is dimension {x.place} of its input, and has to be the first: permute it back before"
@@ -107,7 +108,7 @@ class Layout:
         assert x.trivial
         return Laid(self._reshape(x.line, (factor, *self._b.types[x.line].shape[1:]), 1), 0, 1, factor)
 
-    def _joined(self, x: Laid) -> Laid:
+    def joined(self, x: Laid) -> Laid:
         """As a trivial one, where the batch is first."""
         if x.place or x.left > 1 or x.right == 1:
             return x

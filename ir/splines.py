@@ -28,7 +28,7 @@ from tacit.ir.types import bits_for
 Tensor = torch.Tensor
 Floats = NDArray[np.float64]
 Function = Callable[[Floats], Floats]
-MOST_DEGREE, _MOST_KNOTS = 3, 400
+MOST_DEGREE, _MOST_KNOTS = 3, 800
 # Results of the polynomial stay below 2^61, where a truncation still works.
 _RESULT_BITS = 60
 # Where errors are looked at, dense towards both ends: a quick look, and another for what passes it.

@@ -95,7 +95,8 @@ def _interval(node: Node, weights: Values, operands: Sequence[Interval]) -> Inte
         scale = 2.0**node.type.frac
         return Interval.full(node.type.at(1).dims[1:], math.floor(node.op.low * scale), math.ceil(node.op.high * scale))
     found: Interval = node.op.bound(*operands)
-    return found
+    # A constant may bring a dimension of one element for the batch.
+    return Interval(found.low[0], found.high[0]) if found.low.dim() == len(node.type.shape) else found
 
 
 def _with_width(draft: Draft, found: Bounded, types: Mapping[str, Type]) -> Node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 _N = Batch()
+# What stands for minus infinity before a softmax: exp of it is 0, beside scores of up to some hundreds.
+MASKED = -512.0
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,8 @@ class Where(Layer):
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str:
         if "masked_fill" in graph.target:
+            if k["value"] == -math.inf and graph.only_for("softmax"):
+                k["value"] = MASKED
             return chosen(graph, k["mask"], k["value"], k["self"])
         return chosen(graph, k["condition"], k["self"], k["other"])
 

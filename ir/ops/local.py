@@ -20,7 +20,7 @@ Tensor = torch.Tensor
 _N = Batch()
 
 
-def _grown(x: Type, width: int) -> int:
+def grown(x: Type, width: int) -> int:
     """Widths inferred from types alone stop at the ring; range analysis says more."""
     return min(width, x.ring)
 
@@ -34,7 +34,7 @@ class Add(LocalOp):
     def infer(self, x: Type, y: Type) -> Type:
         expect_kind("secret", x, y)
         expect(x.frac == y.frac, f"scales differ: f{x.frac} and f{y.frac}; shift one of them first")
-        return x.with_(shape=broadcast(x.shape, y.shape), width=_grown(x, max(x.width, y.width) + 1))
+        return x.with_(shape=broadcast(x.shape, y.shape), width=grown(x, max(x.width, y.width) + 1))
 
     def compute(self, ring: Any, *shares: Tensor) -> Tensor:
         return shares[0] + shares[1]
@@ -79,7 +79,7 @@ class AddPublic(LocalOp):
 
     def infer(self, x: Type) -> Type:
         expect_kind("secret", x)
-        return x.with_(width=_grown(x, max(x.width, self.value.bit_length() + 1) + 1))
+        return x.with_(width=grown(x, max(x.width, self.value.bit_length() + 1) + 1))
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         value: int = oracle.ring.wrapped(self.value)
@@ -108,7 +108,7 @@ class MulPublic(LocalOp):
 
     def infer(self, x: Type) -> Type:
         expect_kind("secret", x)
-        return x.with_(frac=x.frac + self.bits, width=_grown(x, x.width + abs(self.value).bit_length()))
+        return x.with_(frac=x.frac + self.bits, width=grown(x, x.width + abs(self.value).bit_length()))
 
     def compute(self, ring: Any, *shares: Tensor) -> Tensor:
         value: int = ring.wrapped(self.value, ring.bits_of(shares[0]))
@@ -151,8 +151,8 @@ class _Pool(LocalOp):
         rows, columns, _ = self.rectangles(height, width)
         area = max(b - a for a, b in rows) * max(b - a for a, b in columns)
         most = area * int(self.factors(height, width, bits).max())
-        grown = x.width + most.bit_length()
-        return x.with_(shape=(*x.shape[:2], len(rows), len(columns)), frac=x.frac + bits, width=_grown(x, grown))
+        summed = x.width + most.bit_length()
+        return x.with_(shape=(*x.shape[:2], len(rows), len(columns)), frac=x.frac + bits, width=grown(x, summed))
 
     def _compute(self, ring: Any, x: Tensor, bits: int) -> Tensor:
         height, width = x.shape[2:]
@@ -261,7 +261,7 @@ class Sum(LocalOp):
         expect_kind("secret", x)
         expect(all(0 < axis < len(x.shape) for axis in self.over), f"{self.over} are not axes of {x}, or the batch")
         shape = tuple(1 if i in self.over else d for i, d in enumerate(x.shape))
-        return x.with_(shape=shape, width=_grown(x, x.width + (self.count(x.at(1).dims) - 1).bit_length()))
+        return x.with_(shape=shape, width=grown(x, x.width + (self.count(x.at(1).dims) - 1).bit_length()))
 
     def count(self, dims: Shape) -> int:
         return math.prod(dims[axis] for axis in self.over)
@@ -286,7 +286,7 @@ class SumBatch(LocalOp):
     def infer(self, x: Type) -> Type:
         expect_kind("secret", x)
         expect(len(x.shape) == 1, f"expected one number per batch element, found {x}")
-        return x.with_(shape=(1,), width=_grown(x, x.width + 31))
+        return x.with_(shape=(1,), width=grown(x, x.width + 31))
 
     def compute(self, ring: Any, *shares: Tensor) -> Tensor:
         return shares[0].sum(0, keepdim=True)

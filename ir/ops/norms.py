@@ -26,6 +26,8 @@ Tensor = torch.Tensor
 _N = Batch()
 # Fractional bits that differences from a mean, and what they are multiplied with, have more than activations.
 _EXTRA, _EXTRA_FACTOR = 4, 6
+# Their squares have twice as many; sums of those have to fit the ring.
+_MOST_BITS = 18
 # How far below eps the sum of squares is still resolved.
 _BELOW_EPS = 10
 
@@ -37,7 +39,7 @@ def centred(b: FixedBuilder, x: str, axes: tuple[int, ...]) -> str:
     bits = b.weight_frac + math.ceil(math.log2(count)) if count & (count - 1) else int(math.log2(count))
     total = b.emit(local.Sum(axes), x)
     mean = b.emit(local.MulPublic(round(2**bits / count), bits), total) if bits else total
-    return b.at_precision(b.minus(x, mean), b.frac + _EXTRA)
+    return b.at_precision(b.minus(x, mean), max(b.frac, min(b.frac + _EXTRA, _MOST_BITS)))
 
 
 def sum_of_squares(b: FixedBuilder, x: str, axes: tuple[int, ...], frac: int) -> str:
@@ -47,8 +49,8 @@ def sum_of_squares(b: FixedBuilder, x: str, axes: tuple[int, ...], frac: int) ->
 
 
 def normalised(b: FixedBuilder, x: str, axes: tuple[int, ...], count: float, eps: float) -> str:
-    """x / sqrt(sum of squares / count + eps). Below 2^(-2 frac) eps is lost in the rounding of x, and taken as that."""
-    eps = max(eps, 2.0 ** (-2 * b.frac))
+    """x / sqrt(sum of squares / count + eps). An eps below (4 units of x)^2 is taken as that: x is known no better."""
+    eps = max(eps, 2.0 ** (4 - 2 * b.frac))
     resolved = math.ceil(-math.log2(eps * count)) + _BELOW_EPS
     squares = sum_of_squares(b, x, axes, max(b.frac, resolved))
     factor = b.function(

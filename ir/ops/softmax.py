@@ -18,6 +18,7 @@ from tacit.ir.op import Sample, expect
 from tacit.ir.ops import local
 from tacit.ir.ops.arithmetic import MulScalar
 from tacit.ir.ops.bilinear import MatMul, Times
+from tacit.ir.ops.compare import MASKED
 from tacit.ir.ops.known import WithinHull
 from tacit.ir.ops.layer import Layer, real
 from tacit.ir.ops.model import ModelOp
@@ -33,8 +34,6 @@ Tensor = torch.Tensor
 _N = Batch()
 # Sums of exp, reciprocals and probabilities have so many bits more than activations.
 _EXTRA = 4
-# What stands for minus infinity in a mask: exp of it is 0, beside scores of up to some hundreds.
-_MASKED = -512.0
 
 
 def exponentials(b: FixedBuilder, x: str, axis: int) -> tuple[str, str, str]:
@@ -165,7 +164,7 @@ class ScaledDotProductAttention(Layer):
         mask = k["attn_mask"]
         if k["is_causal"]:
             rows, columns = graph.fixed_shape(q)[-2], graph.fixed_shape(key)[-2]
-            mask = graph.constant("causal_mask", torch.full((rows, columns), _MASKED).triu(1))
+            mask = graph.constant("causal_mask", torch.full((rows, columns), MASKED).triu(1))
         elif mask is not None:
             mask = constant_mask(graph, mask)
         return graph.emit(Attention(scale), q, key, v, *([] if mask is None else [mask]))
@@ -176,5 +175,5 @@ def constant_mask(graph: Capture, mask: str) -> str:
     if not graph.is_weight(mask):
         graph.unsupported("an attention mask that depends on the input; lengths of sequences are public")
     value = graph.value(mask)
-    added = torch.where(value, 0.0, _MASKED) if value.dtype == torch.bool else value.clamp(min=_MASKED)
+    added = torch.where(value, 0.0, MASKED) if value.dtype == torch.bool else value.clamp(min=MASKED)
     return graph.constant("attention_mask", added)
