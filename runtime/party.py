@@ -231,8 +231,9 @@ class _Running:
         # How many lines still need a value; dropped at zero, unless everything is kept.
         self._uses = Counter(arg for n in plan.nodes for arg in n.args if not keep and not plan.node(arg).op.session)
 
-    def advance(self, node: Node, program: Program, received: Received | None, begin: float) -> None:
-        """Run a program to its next round, or to its end; this work began at `begin`."""
+    def advance(self, node: Node, program: Program, received: Received | None) -> None:
+        """Run a program to its next round, or to its end."""
+        begin = time.perf_counter()
         try:
             wanted = next(program) if received is None else program.send(received)
             self.programs.append((node, program, wanted))
@@ -261,16 +262,16 @@ def execute(
     for step in range(schedule.rounds + 1):
         start = time.perf_counter()
         for name in schedule.at(step):
-            node, begin = plan.node(name), time.perf_counter()
+            node = plan.node(name)
             if channel.rank in node.op.roles:
                 party = seat(node)
                 party.online = True
-                running.advance(node, node.op.run(party, *(values.get(arg) for arg in node.args)), None, begin)
+                running.advance(node, node.op.run(party, *(values.get(arg) for arg in node.args)), None)
         active, running.programs = running.programs, []
         for target, tensors in _outgoing(active):
             channel.send(target, tensors)
         for (node, program, _), received in zip(active, _incoming(channel, active), strict=True):
-            running.advance(node, program, received, time.perf_counter())
+            running.advance(node, program, received)
         if profile is not None:
             profile.round(step, channel.rank, start)
 
