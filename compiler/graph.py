@@ -162,12 +162,8 @@ class Graph(Builder):
         if value.is_floating_point() and value.dtype not in FLOATS:
             self.unsupported(f"{kind}: convert with model.float()")
         value = value.detach()
-        # A mask of scores may hold minus infinity. The sum is quick, and finite for all others.
-        if (
-            value.is_floating_point()
-            and not bool(torch.isfinite(value.sum(dtype=torch.float64)))
-            and not bool(torch.isfinite(value[value != -torch.inf]).all())
-        ):
+        wrong = value.is_floating_point() and not bool(torch.isfinite(value.sum(dtype=torch.float64)))
+        if wrong and not bool(torch.isfinite(value[value != -torch.inf]).all()):  # a mask may hold minus infinity
             self.unsupported(f"'{label}' holds NaN or infinity")
         shaped = value.reshape(1) if value.dim() == 0 else value
         self.weights[label] = shaped if value.is_floating_point() else shaped.float()

@@ -142,23 +142,47 @@ def _cost(knots: int, degree: int, digits: Digits) -> float:
     return 2 * RING_BYTES + RING_BYTES * (degree - 1) + field.wire_bytes((digits.rows, 1)) + knots * (compared + dealt)
 
 
-@lru_cache(maxsize=4096)
 def fit(
     name: str, parameters: tuple[float, ...], low: int, high: int, frac: int, *, error: float, relative: bool = False
 ) -> Spline:
     """The spline of the fewest bytes that approximates a known function for low <= X <= high, x = X / 2^frac.
 
     The error is at most `error` where |f(x)| <= 1 and `error` times |f(x)| above; with `relative`, `error` times
-    |f(x)| everywhere. Raises CompileError where the function is not defined, or the error cannot be reached.
+    |f(x)| everywhere. Raises CompileError where the function is not defined, or the error cannot be reached. Ranges
+    are rounded outwards to powers of two, so that those alike share their fit, unless the function grows a lot there.
     """
+    known_function(name).check(name, low / 2.0**frac, high / 2.0**frac)
+    function = _on_integers(name, parameters, frac)
+    ends = [low, max(high, low + 1)]
+    for i, up in enumerate((False, True)):
+        coarse, fine = (_outward(ends[i], up, bits) for bits in (1, 2))
+        before, after = (float(np.abs(function(np.array([float(v)])))[0]) for v in (ends[i], coarse))
+        ends[i] = coarse if after <= 2.01 * max(before, 1.0) else fine
+    return _fit(name, parameters, ends[0], max(ends[1], ends[0] + 1), frac, error, relative)
+
+
+def _outward(value: int, up: bool, bits: int) -> int:
+    """Rounded to so many significant bits."""
+    step = 1 << max(0, abs(value).bit_length() - bits)
+    return -(-value // step) * step if up else value // step * step
+
+
+def _on_integers(name: str, parameters: tuple[float, ...], frac: int) -> Function:
+    """The function of X = x 2^frac."""
     known = known_function(name)
-    low, high = _outward(low, high)
-    known.check(name, low / 2.0**frac, high / 2.0**frac)
 
     def function(x: Floats) -> Floats:
         found: Floats = known.function(torch.from_numpy(x / 2.0**frac), *parameters).numpy()
         return found
 
+    return function
+
+
+@lru_cache(maxsize=4096)
+def _fit(
+    name: str, parameters: tuple[float, ...], low: int, high: int, frac: int, error: float, relative: bool
+) -> Spline:
+    function = _on_integers(name, parameters, frac)
     largest = float(np.abs(function(low + (high - low) * (_GRIDS[0] + 1) / 2)).max())
     if not math.isfinite(largest):
         raise CompileError(f"{name} is infinite somewhere in [{low / 2.0**frac:.4g}, {high / 2.0**frac:.4g}]")
@@ -190,17 +214,6 @@ def _affordable(best: Spline, degree: int, window: int, compared: int) -> int:
     digits, budget = Digits(compared), best.bytes_of_element(window)
     free = _cost(0, degree, digits)
     return min(_MOST_KNOTS, max(0, math.floor((budget - free) / (_cost(1, degree, digits) - free))))
-
-
-def _outward(low: int, high: int) -> tuple[int, int]:
-    """The range rounded outwards to two significant bits, so that ranges alike share their fit."""
-
-    def rounded(value: int, up: bool) -> int:
-        step = 1 << max(0, abs(value).bit_length() - 2)
-        return -(-value // step) * step if up else value // step * step
-
-    low, high = rounded(low, False), rounded(high, True)
-    return low, max(high, low + 1)
 
 
 @dataclass(frozen=True)

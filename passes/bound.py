@@ -14,7 +14,7 @@ from tacit.ir.ops.comparison import TRUNCATION_WIDTH
 from tacit.ir.ops.roles import Input, Weight
 from tacit.ir.ops.spline import FixedFunction
 from tacit.ir.plan import Node, Plan
-from tacit.ir.ranges import Interval
+from tacit.ir.ranges import DENSE, Interval, compact
 from tacit.ir.types import Type, bits_for
 from tacit.passes.draft import Draft, Values
 
@@ -95,8 +95,16 @@ def _interval(node: Node, weights: Values, operands: Sequence[Interval]) -> Inte
         scale = 2.0**node.type.frac
         return Interval.full(node.type.at(1).dims[1:], math.floor(node.op.low * scale), math.ceil(node.op.high * scale))
     found: Interval = node.op.bound(*operands)
-    # A constant may bring a dimension of one element for the batch.
-    return Interval(found.low[0], found.high[0]) if found.low.dim() == len(node.type.shape) else found
+    if found.low.dim() == len(node.type.shape):  # a constant brings a dimension of one element for the batch
+        found = Interval(found.low[0], found.high[0])
+    return _coarser(found)
+
+
+def _coarser(x: Interval) -> Interval:
+    """Large bounds alike along the inner dimensions; channels are first or last, and keep bounds of their own."""
+    if max(compact(x.low).numel(), compact(x.high).numel()) <= 2 * DENSE or x.low.dim() < 3:
+        return x
+    return x.hull(tuple(range(1, x.low.dim() - 1)))
 
 
 def _with_width(draft: Draft, found: Bounded, types: Mapping[str, Type]) -> Node:

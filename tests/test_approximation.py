@@ -13,7 +13,7 @@ from torch import nn
 import tacit
 from tacit.approximation import curve, curves
 from tacit.ir.errors import CompileError
-from tacit.ir.functions import FUNCTIONS
+from tacit.ir.functions import FUNCTIONS, register_function
 from tacit.ir.ops.spline import FixedSpline
 from tacit.ir.splines import Spline, fit
 
@@ -192,3 +192,16 @@ def test_what_a_plot_of_the_errors_shows() -> None:
     assert math.isclose(float(found[0].x[0]), plan.find(FixedSpline)[0].op.low / 2.0 ** plan.find(FixedSpline)[0].op.of)  # type: ignore[attr-defined]
     few = curve(plan.find(FixedSpline)[0].op, points=10)  # type: ignore[arg-type]
     assert len(few.x) == 10
+
+
+def test_the_example_of_a_layer_from_outside() -> None:
+    import custom_layer
+
+    assert custom_layer.main() < 2**-8
+    with pytest.raises(CompileError, match="there is a function 'snake' already"):
+        register_function("snake", torch.sin)
+
+
+def test_a_name_without_a_function_is_told() -> None:
+    with pytest.raises(CompileError, match="there is no function 'snark'; known: sigmoid"):
+        fit("snark", (), 0, 1, 0, error=0.1)
