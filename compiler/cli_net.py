@@ -10,16 +10,14 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 
-from tacit.cli_shared import AsJson, Failure, clear_errors, read_array
+from tacit.cli_shared import AsJson, Failure, answer_object, answer_text, clear_errors, read_array, save_answer
 from tacit.ir.cost import P0, ROLES
 
 if TYPE_CHECKING:
     from tacit.runtime.net.deployment import Deployment, Identity
 
-_PRINTED = 1000
 DeploymentFile = Annotated[Path, typer.Option("--deployment", metavar="FILE", help="deployment.toml.")]
 IdentityFolder = Annotated[Path, typer.Option("--identity", metavar="DIR", help="Folder with cert.pem and key.pem.")]
 
@@ -122,7 +120,10 @@ def predict_command(
     inputs: Annotated[list[Path], typer.Argument(metavar="INPUT.npy", help="One array for each input of the model.")],
     deployment: DeploymentFile,
     identity: IdentityFolder,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="File (.npy) for the answer.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="File for the answer: .npy; .npz where there are several."),
+    ] = None,
     plan: Annotated[Path | None, typer.Option(help="The plan.txt that the parties have to run.")] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds; default: the deployment's limit.")] = None,
     as_json: AsJson = False,
@@ -135,17 +136,16 @@ def predict_command(
         pinned = None if plan is None else read_plan(plan / PLAN_FILE if plan.is_dir() else plan)
         arrays = [read_array(path) for path in inputs]
         with connect(deployment, identity, plan=pinned) as remote:
-            answer = remote.predict(*arrays, timeout=timeout).numpy()
+            answer = remote.predict(*arrays, timeout=timeout)
             measured = remote.last_run
         if output is not None:
-            with output.open("wb") as out:
-                np.save(out, answer, allow_pickle=False)
+            save_answer(output, answer)
     assert measured is not None
     if as_json:
-        told: dict[str, Any] = {"answer": answer.tolist()} if output is None else {"output": str(output)}
+        told: dict[str, Any] = {"answer": answer_object(answer)} if output is None else {"output": str(output)}
         typer.echo(json.dumps(told | measured.__dict__))
         return
-    typer.echo(f"written   {output}" if output else np.array2string(answer, threshold=_PRINTED))
+    typer.echo(f"written   {output}" if output else answer_text(answer))
     typer.echo(f"rounds    {measured.rounds}")
     typer.echo(f"seconds   {measured.seconds:.4f}")
 

@@ -6,13 +6,19 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 
-from tacit.cli_shared import AsJson, Failure, clear_errors, read_array, totals_text
+from tacit.cli_shared import (
+    AsJson,
+    Failure,
+    answer_object,
+    answer_text,
+    clear_errors,
+    read_array,
+    save_answer,
+    totals_text,
+)
 from tacit.secure import Secure, load
-
-_PRINTED = 1000  # longer answers are abbreviated on the screen
 
 
 def register(app: typer.Typer) -> None:
@@ -23,7 +29,10 @@ def register(app: typer.Typer) -> None:
 def run(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What `tacit compile` wrote.")],
     inputs: Annotated[list[Path], typer.Argument(metavar="INPUT.npy", help="One array for each input of the model.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="File (.npy) for the answer.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="File for the answer: .npy; .npz where there are several."),
+    ] = None,
     targets: Annotated[Path | None, typer.Option(help="The classes (.npy) to count, for reveal=correct.")] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Compare every line with the clear oracle, bit for bit.")
@@ -40,16 +49,15 @@ def run(
         if check and trace is not None:
             raise Failure("--check and --trace are two runs: give one of them")
         if trace is not None:
-            answer = secure.trace(*arrays, trace).numpy()
+            answer = secure.trace(*arrays, trace)
         else:
-            answer = (secure.check(*arrays) if check else secure(*arrays)).numpy()
+            answer = secure.check(*arrays) if check else secure(*arrays)
         if output is not None:
-            with output.open("wb") as out:
-                np.save(out, answer, allow_pickle=False)
+            save_answer(output, answer)
     _print_run(secure, answer, output, check, as_json)
 
 
-def _print_run(secure: Secure, answer: np.ndarray[Any, Any], output: Path | None, checked: bool, as_json: bool) -> None:
+def _print_run(secure: Secure, answer: Any, output: Path | None, checked: bool, as_json: bool) -> None:
     measured, session = secure.last_run, secure.session()
     assert measured is not None
     figures = {
@@ -62,10 +70,10 @@ def _print_run(secure: Secure, answer: np.ndarray[Any, Any], output: Path | None
         "offline_seconds": measured.offline_seconds,
     }
     if as_json:
-        told: dict[str, Any] = {"answer": answer.tolist()} if output is None else {"output": str(output)}
+        told: dict[str, Any] = {"answer": answer_object(answer)} if output is None else {"output": str(output)}
         typer.echo(json.dumps(told | {"checked": checked} | figures))
         return
-    typer.echo(f"written   {output}" if output else np.array2string(answer, threshold=_PRINTED))
+    typer.echo(f"written   {output}" if output else answer_text(answer))
     if checked:
         typer.echo("checked   every line equals the clear oracle, bit for bit")
     typer.echo(totals_text(figures))

@@ -16,8 +16,10 @@ from tacit.diff import aligned
 from tacit.ir.errors import PlanError, TacitError
 from tacit.ir.plan import Plan, PlanCost
 from tacit.secure import PLAN_FILE
+from tacit.structure import named_leaves
 
 PlanPath = Annotated[Path, typer.Argument(metavar="PLAN", help="The folder of a compiled model, or its plan.txt.")]
+_PRINTED = 1000  # longer answers are abbreviated on the screen
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -53,6 +55,29 @@ def read_array(path: Path) -> torch.Tensor:
         raise Failure(f"{path} is not a .npy file with an array of numbers") from None
     native = array.astype(np.int64) if array.dtype.kind in "iu" else array.astype(array.dtype.newbyteorder("="))
     return torch.from_numpy(np.ascontiguousarray(native).reshape(array.shape))
+
+
+def save_answer(path: Path, answer: Any) -> None:
+    """A tensor as .npy, a structure of tensors as .npz with an array for each, named after its place."""
+    arrays = {name: value.numpy() for name, value in named_leaves(answer).items()}
+    with path.open("wb") as out:
+        if list(arrays) == [""]:
+            np.save(out, arrays[""], allow_pickle=False)
+        else:
+            np.savez(out, **arrays)
+
+
+def answer_text(answer: Any) -> str:
+    """The numbers for people, abbreviated where they are many."""
+    arrays = {name: value.numpy() for name, value in named_leaves(answer).items()}
+    shown = {name: np.array2string(value, threshold=_PRINTED) for name, value in arrays.items()}
+    return "\n".join(f"{name}:\n{text}" if name else text for name, text in shown.items())
+
+
+def answer_object(answer: Any) -> Any:
+    """The numbers for programs: a list, or one by each name."""
+    lists = {name: value.tolist() for name, value in named_leaves(answer).items()}
+    return lists[""] if list(lists) == [""] else lists
 
 
 def totals(cost: PlanCost) -> dict[str, int]:

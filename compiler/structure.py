@@ -22,3 +22,14 @@ def leaves(value: Any) -> list[Any]:
     if isinstance(value, (tuple, list)):
         return [leaf for item in value for leaf in leaves(item)]
     return [value]
+
+
+def named_leaves(value: Any, name: str = "") -> dict[str, Any]:
+    """The leaves by where they stand, as in "0", "logits", "1.mask"; a leaf alone has no name."""
+    if isinstance(value, Mapping):
+        inside = [(str(key), value[key]) for key in sorted(value)]
+    elif isinstance(value, (tuple, list)):
+        inside = [(str(i), item) for i, item in enumerate(value)]
+    else:
+        return {name: value}
+    return {k: v for key, item in inside for k, v in named_leaves(item, f"{name}.{key}" if name else key).items()}

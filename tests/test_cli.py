@@ -402,3 +402,27 @@ def test_as_a_process_of_its_own(place: Path) -> None:
     bad = process("show", place / "nowhere")
     assert (bad.returncode, bad.stdout) == (1, "")
     assert bad.stderr == f"tacit: {place / 'nowhere'}: No such file or directory\n"
+
+
+class TwoResults(torch.nn.Module):
+    """A sum and a difference, by name."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"sum": x + y, "difference": x - y}
+
+
+def test_several_inputs_and_results_through_files(tmp_path: Path) -> None:
+    x, y = torch.full((2, 3), 0.5), torch.full((2, 3), 0.25)
+    tacit.compile(TwoResults().eval(), (x, y), input_range=(-1, 1)).save(tmp_path / "model")
+    for name, value in (("x", x), ("y", y)):
+        np.save(tmp_path / f"{name}.npy", value.numpy())
+    command = ["run", str(tmp_path / "model"), str(tmp_path / "x.npy"), str(tmp_path / "y.npy")]
+    succeeds(*command, "-o", str(tmp_path / "out.npz"))
+    with np.load(tmp_path / "out.npz") as found:
+        assert set(found) == {"sum", "difference"}
+        assert np.abs(found["sum"] - 0.75).max() < 2**-9
+        assert np.abs(found["difference"] - 0.25).max() < 2**-9
+    shown = succeeds(*command)
+    assert "sum:" in shown
+    assert "difference:" in shown
+    assert set(json.loads(succeeds(*command, "--json"))["answer"]) == {"sum", "difference"}
