@@ -34,6 +34,31 @@ class Side(nn.Module):
         return torch.where(x > 0.1, y, x * 0.5)
 
 
+class Attend(nn.Module):
+    """Attention among the pixels of an image, added to it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.query, self.value = nn.Linear(channels, 4), nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = x.flatten(2).transpose(1, 2)
+        query = self.query(pixels)
+        found = F.scaled_dot_product_attention(query, query, self.value(pixels))
+        return x + found.transpose(1, 2).reshape(x.shape)
+
+
+class Gate(nn.Module):
+    """Squeeze and excitation: every channel times a number between 0 and 1."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.fc(x.mean((2, 3))))[:, :, None, None]
+
+
 class Apply(nn.Module):
     """A function of one tensor, by name."""
 
@@ -69,14 +94,16 @@ IMAGES = ("swap", "pad", "up", "every other")
 @st.composite
 def activations(draw: Draw, channels: int) -> nn.Module:
     kinds = [nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(0.2), nn.PReLU(channels), nn.Hardtanh(-0.5, 0.8), nn.Hardsigmoid()]
-    return draw(st.sampled_from(kinds))
+    curved = [nn.Sigmoid(), nn.Tanh(), nn.SiLU(), nn.GELU(), nn.ELU(), nn.Softplus(), nn.Hardswish(), nn.Mish()]
+    return draw(st.sampled_from(kinds + curved))
 
 
 @st.composite
 def image_layer(draw: Draw, shape: tuple[int, int, int]) -> nn.Module:
     """One layer for images of that shape."""
     c, h, w = shape
-    kind = draw(st.sampled_from(("conv", "depthwise", "transposed", "norm", "max", "average", "act", "apply", "side")))
+    kind = draw(st.sampled_from(("conv", "depthwise", "transposed", "norm", "max", "average", "act", "apply", "side",
+                                 "group norm", "attention", "gate")))  # fmt: skip
     small = min(h, w) < 4
     if kind in ("conv", "depthwise") or (kind == "transposed" and h * w > 40):
         groups = c if kind == "depthwise" else 1
@@ -87,6 +114,10 @@ def image_layer(draw: Draw, shape: tuple[int, int, int]) -> nn.Module:
         return nn.ConvTranspose2d(c, draw(st.integers(1, 3)), 2, draw(st.integers(1, 2)))
     if kind == "norm":
         return nn.BatchNorm2d(c)
+    if kind == "group norm":
+        return nn.GroupNorm(1, c, eps=0.1)
+    if kind in ("attention", "gate"):
+        return Attend(c) if kind == "attention" and h * w <= 30 else Gate(c)
     if kind in ("max", "average") and not small:
         pool = nn.MaxPool2d if kind == "max" else nn.AvgPool2d
         return pool(2, draw(st.integers(1, 2)), draw(st.integers(0, 1)))
@@ -126,8 +157,10 @@ def agree(network: tuple[nn.Module, Tensor]) -> None:
     secure = tacit.compile(model, x, input_range=(-1, 1))
     expected = exact(model, x)
     assert tacit.Plan.parse(str(secure.plan)) == secure.plan
-    torch.testing.assert_close(secure.check(x).double(), expected, atol=CLOSE, rtol=0)
-    torch.testing.assert_close(secure.reference(x, check=True).double(), expected, atol=CLOSE, rtol=0)
+    curved = any(node.op.name == "spline" for node in secure.plan.nodes)  # each within max_error
+    close = max(CLOSE, 0.02 * float(expected.abs().max())) if curved else CLOSE
+    torch.testing.assert_close(secure.check(x).double(), expected, atol=close, rtol=0)
+    torch.testing.assert_close(secure.reference(x, check=True).double(), expected, atol=close, rtol=0)
     run, cost = secure.last_run, secure.plan.cost(batch=len(x))
     assert run is not None
     assert (run.rounds, run.online_bytes, run.offline_bytes) == (cost.rounds, cost.online_bytes, cost.offline_bytes)
