@@ -44,7 +44,10 @@ class Entry:
 
 def entries() -> Iterator[Entry]:
     """All layers, by family; the cost is that of the op's first sample at a batch of 1, input and reveal left out."""
-    for layer in sorted((one for one in Layer.known if one.__dict__.get("aten")), key=lambda one: one.__module__):
+    for layer in sorted(
+        (one for one in Layer.known if one.__dict__.get("aten") and one.__module__.startswith("tacit.")),
+        key=lambda one: one.__module__,
+    ):
         operators = tuple(dict.fromkeys(_plain(target.split(".")[1]) for target in layer.aten))
         told = (inspect.getdoc(layer) or layer.__name__).split("\n\n")[0].replace("\n", " ")
         entry = Entry(layer.__module__.rsplit(".", 1)[-1], told.split(":")[0].rstrip("."), operators)

@@ -158,6 +158,27 @@ def test_what_p2_can_combine_is_a_fair_bit_at_a_uniform_place(name: str) -> None
             assert uniform(total[total > 0] - 1, p - 1)
 
 
+def test_the_bits_that_p2_sees_for_the_knots_of_a_spline_are_independent() -> None:
+    """All knots are compared with the digits of one mask; with the same x, any two bits of P2 are four equal cases."""
+    sample = dict(samples(Level.PROTOCOL))["spline-0"]
+    plan, batch = single(sample), 2000
+    for value in (0, 20000, -(2 ** (sample.args[0].width - 2))):
+        session, _ = constant_run(plan, batch, value, seed=7)
+        shapes = field_shapes(plan, batch, kind="s")
+        sent: dict[int, list[Tensor]] = {P0: [], P1: []}
+        for (source, target), tensors in session.network.transcript or []:
+            if target == P2:
+                sent[source] += tensors
+        bits = []
+        for d0, d1 in zip(sent[P0], sent[P1], strict=True):
+            positions, p = shapes[tuple(d0.shape)]
+            total = (field.unpack(d0, positions, p).long() + field.unpack(d1, positions, p).long()) % p
+            bits.append((total == 0).any(0).long())
+        assert len(bits) == len(sample.op.knots) > 2  # type: ignore[attr-defined]
+        for a, b in itertools.combinations(bits, 2):
+            assert uniform(2 * a + b, 4)
+
+
 def test_p2_receives_nothing_but_blinded_vectors() -> None:
     """No opened value, and nothing from outside: only Z_p vectors, from P0 and P1."""
     for name, sample in samples(Level.PROTOCOL):

@@ -67,37 +67,13 @@ def test_an_unknown_model_is_refused() -> None:
 
 
 # One of each family at least, on images as small as they take.
-ENCRYPTED = [
-    "alexnet",
-    "convnext_tiny",
-    "densenet121",
-    "densenet169",
-    "efficientnet_b0",
-    "efficientnet_v2_s",
-    "googlenet",
-    "inception_v3",
-    "mnasnet0_5",
-    "mnasnet1_0",
-    "mobilenet_v2",
-    "mobilenet_v3_large",
-    "mobilenet_v3_small",
-    "regnet_x_400mf",
-    "regnet_x_800mf",
-    "regnet_y_400mf",
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnext50_32x4d",
-    "shufflenet_v2_x0_5",
-    "shufflenet_v2_x1_0",
-    "squeezenet1_0",
-    "squeezenet1_1",
-    "swin_t",
-    "vgg11",
-    "vgg11_bn",
-    "vgg13",
-    "wide_resnet50_2",
-]
+ENCRYPTED = (
+    "alexnet", "convnext_tiny", "densenet121", "densenet169", "efficientnet_b0", "efficientnet_v2_s", "googlenet",
+    "inception_v3", "mnasnet0_5", "mnasnet1_0", "mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small",
+    "regnet_x_400mf", "regnet_x_800mf", "regnet_y_400mf", "resnet18", "resnet34", "resnet50", "resnext50_32x4d",
+    "shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "squeezenet1_0", "squeezenet1_1", "swin_t",
+    "vgg11", "vgg11_bn", "vgg13", "wide_resnet50_2",
+)  # fmt: skip
 SMALLEST = {"inception_v3": 75}
 
 
