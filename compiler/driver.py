@@ -43,7 +43,7 @@ def compile(
     calibration: Any = None,
     input_range: Range | Sequence[Range] | None = None,
     frac_bits: int | None = None,
-    max_error: float = 2.0**-10,
+    max_error: float | None = None,
     name: str | None = None,
 ) -> Secure:
     """Compile a trained model into a protocol plan and the shares-to-be of its weights.
@@ -59,7 +59,8 @@ def compile(
     frac_bits: fractional bits of activations, 1 to 20; weights get up to four more. Default: the fewest with which
         logits stay within 2^-8 of the float model's.
     max_error: how far the polynomials that stand for sigmoid, GELU, exp and the like may be from them, over the range
-        that their operand can have; relative where the function is above 1. From 2^-20 to 2^-3.
+        that their operand can have; relative where the function is above 1. From 2^-20 to 2^-3. Default: 2^-10, or four
+        units of the scale of activations where that is less.
     name: what the plan is called; default: the class of the model.
 
     Raises CompileError, which names the module, its source line and the remedy; and CompilerBug where the compiler
@@ -90,7 +91,7 @@ def prepare(
     calibration: Any = None,
     input_range: Range | Sequence[Range] | None = None,
     frac_bits: int | None = None,
-    max_error: float = 2.0**-10,
+    max_error: float | None = None,
     name: str | None = None,
 ) -> Draft:
     """What the passes start from: the captured model, with everything they need to know."""
@@ -100,7 +101,7 @@ def prepare(
         raise CompileError(f"protocol has to be one of {', '.join(SUITES)}, not {protocol!r}")
     if frac_bits is not None and (type(frac_bits) is not int or not 1 <= frac_bits <= MOST_FRAC_BITS):
         raise CompileError(f"frac_bits has to be an integer from 1 to {MOST_FRAC_BITS}, not {frac_bits!r}")
-    if not isinstance(max_error, (int, float)) or not 2.0**-20 <= max_error <= 2.0**-3:
+    if max_error is not None and not (isinstance(max_error, (int, float)) and 2.0**-20 <= max_error <= 2.0**-3):
         raise CompileError(f"max_error has to be a number from 2^-20 to 2^-3, not {max_error!r}")
     if name is not None and not re.fullmatch(r"[\w.]+", name):
         raise CompileError(f"the name of a plan consists of letters, digits, '_' and '.', not {name!r}")
@@ -121,7 +122,7 @@ def prepare(
         interpret,
         _calibration(plan, calibration),
         frac_bits,
-        float(max_error),
+        max_error,
     )
 
 

@@ -31,7 +31,7 @@ class Draft:
     interpret: Interpret
     calibration: Values = field(default_factory=dict)  # inputs that tighten the ranges; empty for none
     frac_bits: int | None = None  # fractional bits of activations; None: to be chosen
-    max_error: float = 2.0**-10  # of the polynomials that stand for functions such as sigmoid
+    max_error: float | None = None  # of the polynomials that stand for functions such as sigmoid; None: by the scale
     spared: Mapping[str, int] = field(default_factory=dict)  # by how many bits the weights of a line have fewer
     model: Draft | None = None  # below the model level: the draft that was written in fixed point
 

@@ -22,6 +22,8 @@ Tensor = torch.Tensor
 # above 32, within 2^-13 of it. Probes are few, so the error seen on them is held to a quarter.
 _TOLERANCE, _LEAST_LOGIT = 2.0**-10, 2.0**-8
 _TRIAL_FRAC, _LEAST_FRAC, MOST_FRAC_BITS = 12, 8, 20
+# Functions are approximated to four units of the scale of activations, and to this where that is less.
+_MOST_ERROR = 2.0**-10
 # Weights get some bits more than activations: they cost nothing in any comparison.
 EXTRA_WEIGHT_BITS = 4
 
@@ -81,13 +83,8 @@ def expand_to_fixed_point(draft: Draft) -> Draft:
     """
     assert draft.frac_bits is not None
     plan, weight_frac = draft.plan, draft.frac_bits + EXTRA_WEIGHT_BITS
-    b = FixedBuilder(
-        draft.weights,
-        frac=draft.frac_bits,
-        weight_frac=weight_frac,
-        max_error=draft.max_error,
-        spared=draft.spared,
-    )
+    error = min(_MOST_ERROR, 2.0 ** (2 - draft.frac_bits)) if draft.max_error is None else draft.max_error
+    b = FixedBuilder(draft.weights, frac=draft.frac_bits, weight_frac=weight_frac, max_error=error, spared=draft.spared)
     names: dict[str, str] = {}
     for node in plan.nodes:
         with b.at(node.path, node.source, node.name):
