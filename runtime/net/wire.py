@@ -23,6 +23,7 @@ from tacit.runtime.net.deployment import Deployment, Identity
 _T = TypeVar("_T")
 _WRITE = 1 << 16  # bytes handed to OpenSSL in one call
 _RECORD = 1 << 14
+_LINGER = 0.5  # seconds for an alert to arrive
 
 
 class Closed(PartyError):
@@ -69,6 +70,7 @@ class Wire:
         try:
             self._until(self._sock.do_handshake, deadline)
         except PartyError as error:
+            self._linger(min(deadline, time.monotonic() + _LINGER))
             self._sock.close()
             raise Closed(f"the TLS handshake failed: {error}") from None
 
@@ -140,6 +142,21 @@ class Wire:
         """Say that nothing more comes: what was sent still arrives, and the other side closes."""
         with suppress(OSError):
             socket.socket.shutdown(self._sock, socket.SHUT_WR)
+
+    def _linger(self, deadline: float) -> None:
+        """Drop what still comes until the other side closes.
+
+        A socket that is closed with bytes unread resets the connection, and the alert that tells the other side why
+        would be lost with it: in TLS 1.3 a client is done, and may write, before its certificate was looked at.
+        """
+        self.finish()
+        poll = select.poll()
+        with suppress(OSError, ValueError):
+            poll.register(self._sock, select.POLLIN)
+            for _ in range(64):
+                left = deadline - time.monotonic()
+                if left <= 0 or not poll.poll(1000 * left) or not socket.socket.recv(self._sock, _RECORD):
+                    return
 
     def close(self) -> None:
         with self._lock:
