@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import cache, reduce
 
 from tacit.ir.types import Shape
 
@@ -81,11 +81,13 @@ def ring_bytes(bits: int, shape: Shape) -> int:
     return bits // 8 * math.prod(shape)
 
 
+@cache
 def small_ring(bits: int) -> Element:
     """Z_2^bits, in the smallest of 1, 2, 4 or 8 bytes."""
     return Element(f"Z_2^{bits}", word_bytes=next(size for size in (1, 2, 4, 8) if 8 * size >= bits))
 
 
+@cache
 def prime_field(p: int) -> Element:
     """Z_p: two elements to a byte for p < 16, three to a 16-bit word for p < 32, else a byte each."""
     if p < 16:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,15 @@ import networkx as nx
 
 from tacit.ir.cost import P0, P1, P2, ROLES, Cost, Link, Randomness
 from tacit.ir.errors import PlanError, draw
-from tacit.ir.op import Level, Op, inferred
+from tacit.ir.op import Level, Op, Subprotocol, inferred
 from tacit.ir.types import Type
 
 if TYPE_CHECKING:
     from tacit.ir.predict import Prediction
+
+
+# Batch sizes for which a plan remembers its nodes.
+_SIZES = 16
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,17 @@ class Node:
     path: str = ""  # the PyTorch module it comes from
     source: str = field(default="", compare=False)  # file and line in the user's model; not printed
     origin: str = field(default="", compare=False)  # the line of the model level that it comes from; not printed
+
+
+@dataclass(frozen=True)
+class SizedNode:
+    """A node for a batch of a given size: its position in the plan, its types in numbers, its subprotocols."""
+
+    node: Node
+    index: int
+    args: tuple[Type, ...]
+    type: Type
+    parts: tuple[Subprotocol, ...]
 
 
 @dataclass(frozen=True)
@@ -184,8 +199,28 @@ class Plan:
     def arg_types(self, node: Node) -> tuple[Type, ...]:
         return (node.type,) if node.op.declares else tuple(self.by_name[arg].type for arg in node.args)
 
+    def at(self, batch: int) -> Mapping[str, SizedNode]:
+        """All nodes for a batch of that size, by name; the last few sizes are remembered."""
+        return self._sized(batch)
+
+    @cached_property
+    def _sized(self) -> Callable[[int], Mapping[str, SizedNode]]:
+        def sized(batch: int) -> Mapping[str, SizedNode]:
+            return {node.name: self._at(node, index, batch) for index, node in enumerate(self.nodes)}
+
+        return lru_cache(maxsize=_SIZES)(sized)
+
+    def _at(self, node: Node, index: int, batch: int) -> SizedNode:
+        args = tuple(t.at(batch) for t in self.arg_types(node))
+        return SizedNode(node, index, args, node.type.at(batch), node.op.parts(*args))
+
     def users(self, name: str) -> list[Node]:
         return self._users.get(name, [])
+
+    @cached_property
+    def uses(self) -> Mapping[str, int]:
+        """How many operands of lines each value is that does not belong to the session."""
+        return Counter(arg for node in self.nodes for arg in node.args if not self.by_name[arg].op.session)
 
     @cached_property
     def _users(self) -> dict[str, list[Node]]:

@@ -9,6 +9,7 @@ that leaves out low bits; sums, differences and products with constants keep it.
 import math
 import re
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -111,7 +112,7 @@ class Type:
             self.ring if ring is None else ring,
         )
 
-    @property
+    @cached_property
     def dims(self) -> Shape:
         """The shape as numbers; only for types without a symbolic batch."""
         if any(isinstance(d, Batch) for d in self.shape):

@@ -30,13 +30,30 @@ class Crew:
     def close(self) -> None:
         self._pool.shutdown(wait=True)
 
+    def taking_turns(self, jobs: Mapping[int, Iterator[None]]) -> None:
+        """Run the jobs of all parties in the caller's thread, each as far as its next yield and then the next one's."""
+        self._usable()
+        with _one_core():
+            while jobs:
+                jobs = {rank: job for rank, job in jobs.items() if self._goes_on(rank, job)}
+
+    def _goes_on(self, rank: int, job: Iterator[None]) -> bool:
+        try:
+            return next(job, self) is not self
+        except BaseException:
+            self._broken = f"{ROLES[rank]} failed"
+            raise
+
+    def _usable(self) -> None:
+        if self._broken:
+            raise ProtocolError(f"this session ended with an error before ({self._broken}); open a new one")
+
     def together(self, jobs: Mapping[int, Callable[[], Any]], *, in_turn: bool = False) -> dict[int, Any]:
         """Run the jobs of all parties at once, or in turn; the first failure wakes and ends the others.
 
         Raises that failure, and ProtocolError whenever it is called after one.
         """
-        if self._broken:
-            raise ProtocolError(f"this session ended with an error before ({self._broken}); open a new one")
+        self._usable()
         failures: list[tuple[int, BaseException]] = []
         lock = threading.Lock()
 

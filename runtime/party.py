@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -25,13 +24,12 @@ from tacit.ir.cost import (
     RING,
     SENT,
     Element,
-    Randomness,
     prime_field,
     small_ring,
 )
 from tacit.ir.digits import Digits
 from tacit.ir.op import Material, Program, Received, Round, Spec
-from tacit.ir.plan import Node, Plan, Schedule
+from tacit.ir.plan import Node, Plan, Schedule, SizedNode
 from tacit.ir.types import RING_BITS, Shape, Type
 from tacit.runtime import field as zp
 from tacit.runtime import piecewise
@@ -42,6 +40,7 @@ from tacit.runtime.timeline import Profile
 
 Tensor = torch.Tensor
 Values = dict[str, Any]
+Inventory = tuple[str, Shape, Element, str]
 _ONLINE = 1 << 31  # marks the node of an online stream
 
 
@@ -51,27 +50,32 @@ class Party:
 
     `rank` says who this is; `args` and `type` are the operand and result types with the batch as a
     number. `inventory` collects the randomness that dealing produced, for comparison with what the op
-    declares.
+    declares: the fields of `Randomness`, which are made where somebody looks.
     """
 
     rank: int
     channel: Channel
     keys: Mapping[int, bytes]
-    node: Node
-    index: int
+    sized: SizedNode
     batch_id: int
-    args: tuple[Type, ...]
-    type: Type
     operands: tuple[Any, ...] = ()  # the operands that belong to the session, for dealing
     material: list[Material] = dataclasses.field(default_factory=list)
     value: Tensor | None = None  # what the role that owns this node brings: input or weight
     offsets: list[Tensor] | None = None  # where the truncation offsets are recorded, at P0
-    inventory: list[Randomness] = dataclasses.field(default_factory=list)
+    inventory: list[Inventory] = dataclasses.field(default_factory=list)
     ring: ModuleType = z64
     field: ModuleType = zp
     piecewise: ModuleType = piecewise
     online: bool = False  # dealing and running have streams of their own: nothing is drawn twice
     _streams: dict[int, Stream] = dataclasses.field(default_factory=dict)
+
+    @property
+    def args(self) -> tuple[Type, ...]:
+        return self.sized.args
+
+    @property
+    def type(self) -> Type:
+        return self.sized.type
 
     @property
     def first(self) -> bool:
@@ -81,7 +85,7 @@ class Party:
     def prf(self, peer: int) -> Stream:
         """The stream that this party and `peer` have in common for this node and batch."""
         if peer not in self._streams:
-            place = self.index | (_ONLINE if self.online else 0)
+            place = self.sized.index | (_ONLINE if self.online else 0)
             self._streams[peer] = Stream(self.keys[peer], self.batch_id, place)
         return self._streams[peer]
 
@@ -173,13 +177,13 @@ class Party:
         return self.common(kind, (n,), BIT, lambda stream: stream.bits((n,)))
 
     def _note(self, kind: str, shape: Shape, element: Element, source: str) -> None:
-        self.inventory.append(Randomness(kind, tuple(shape), element, source))
+        self.inventory.append((kind, shape, element, source))
 
     # --- online ---
 
     def part(self, *values: Any) -> Program:
         """Run the next subprotocol of this node on `values`, consuming its material."""
-        part = self.node.op.parts(*self.args)[self._done]
+        part = self.sized.parts[self._done]
         self._done += 1
         # The client and the owner hold no material; a party's is gone once it is taken.
         material = self.material.pop(0) if self.rank <= P2 else {}
@@ -208,12 +212,12 @@ Seat = Callable[[Node], Party]
 
 def deal(
     nodes: Sequence[Node], seat: Seat, material: dict[str, list[Material]], profile: Profile | None = None
-) -> list[Randomness]:
+) -> list[Inventory]:
     """Offline: the material of every node, in plan order. Returns what was dealt."""
-    inventory = []
+    inventory: list[Inventory] = []
     for node in nodes:
         begin, party = time.perf_counter(), seat(node)
-        material[node.name] = [part.deal(party) for part in node.op.parts(*party.args)]
+        material[node.name] = [part.deal(party) for part in party.sized.parts]
         inventory += party.inventory
         if profile is not None:
             profile.work("offline", node.name, party.rank, begin)
@@ -229,7 +233,7 @@ class _Running:
         self.values = values
         self.programs: list[tuple[Node, Program, Round]] = []
         # How many lines still need a value; dropped at zero, unless everything is kept.
-        self._uses = Counter(arg for n in plan.nodes for arg in n.args if not keep and not plan.node(arg).op.session)
+        self._uses = None if keep else dict(plan.uses)
 
     def advance(self, node: Node, program: Program, received: Received | None) -> None:
         """Run a program to its next round, or to its end."""
@@ -239,12 +243,17 @@ class _Running:
             self.programs.append((node, program, wanted))
         except StopIteration as stop:
             self.values[node.name] = stop.value
-            for arg in node.args:
-                self._uses[arg] -= 1
-                if self._uses[arg] == 0:
-                    self.values.pop(arg, None)
+            if self._uses is not None:
+                self._drop_used(node, self._uses)
         if self.profile is not None:
             self.profile.work("online", node.name, self.rank, begin)
+
+    def _drop_used(self, node: Node, uses: dict[str, int]) -> None:
+        for arg in node.args:
+            if arg in uses:
+                uses[arg] -= 1
+                if uses[arg] == 0:
+                    self.values.pop(arg, None)
 
 
 def execute(
@@ -258,6 +267,24 @@ def execute(
     profile: Profile | None = None,
 ) -> None:
     """Online: run the scheduled nodes; all messages of one round to one peer travel as one."""
+    for _ in steps(plan, schedule, channel, seat, values, keep=keep, profile=profile):
+        pass
+
+
+def steps(
+    plan: Plan,
+    schedule: Schedule,
+    channel: Channel,
+    seat: Seat,
+    values: Values,
+    *,
+    keep: bool = True,
+    profile: Profile | None = None,
+) -> Iterator[None]:
+    """`execute` step by step: yields when the messages of a round were sent, and before those of the peers are awaited.
+
+    Parties that take turns at every yield never wait for one another.
+    """
     running = _Running(plan, values, rank=channel.rank, keep=keep, profile=profile)
     for step in range(schedule.rounds + 1):
         start = time.perf_counter()
@@ -270,6 +297,7 @@ def execute(
         active, running.programs = running.programs, []
         for target, tensors in _outgoing(active):
             channel.send(target, tensors)
+        yield
         for (node, program, _), received in zip(active, _incoming(channel, active), strict=True):
             running.advance(node, program, received)
         if profile is not None:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -19,12 +20,11 @@ from tacit.ir.errors import ProtocolError
 from tacit.ir.op import Material
 from tacit.ir.ops.roles import Input, Weight
 from tacit.ir.plan import Node, Plan, Schedule
-from tacit.ir.types import Type
 from tacit.runtime import prf
 from tacit.runtime.channel import LinkModel, Meter, Network
 from tacit.runtime.crew import PARTIES, Crew
 from tacit.runtime.memory import keep_freed_buffers
-from tacit.runtime.party import Party, Values, deal, execute
+from tacit.runtime.party import Inventory, Party, Values, deal, steps
 from tacit.runtime.timeline import Profile
 
 Tensor = torch.Tensor
@@ -54,9 +54,14 @@ class Dealt:
     batch_id: int
     batch: int
     material: dict[int, dict[str, list[Material]]]
-    inventory: dict[int, list[Randomness]]
     meter: Meter
     seconds: float
+    _inventory: dict[int, list[Inventory]]
+
+    @property
+    def inventory(self) -> dict[int, list[Randomness]]:
+        """What each party drew, received or sent, in plan order."""
+        return {rank: [Randomness(*item) for item in items] for rank, items in self._inventory.items()}
 
 
 @dataclass
@@ -81,7 +86,6 @@ class Session:
         self._keys = keys or prf.fresh_keys()
         self._weights = weights
         self._shared: dict[int, Values] = {rank: {} for rank in _EVERYONE}
-        self._types: dict[tuple[str, int], tuple[tuple[Type, ...], Type]] = {}
         self._next_batch = 1  # batch 0 is the session's own part
         self.weight_meter = self._open()
 
@@ -101,13 +105,14 @@ class Session:
         jobs = {}
         for rank in (*PARTIES, OWNER):
             seat = self._seat(self._crew, rank, 0, 1, material[rank])
-            jobs[rank] = self._job(rank, self.plan.session_schedule, seat, self._shared[rank])
+            job = self._job(rank, self.plan.session_schedule, seat, self._shared[rank])
+            jobs[rank] = partial(_exhaust, job)
         self._crew.together(jobs)
         return meter
 
     def _dealing(
         self, crew: Crew, nodes: list[Node], rank: int, batch_id: int, batch: int, material: dict[str, list[Material]]
-    ) -> Callable[[], list[Randomness]]:
+    ) -> Callable[[], list[Inventory]]:
         return lambda: deal(nodes, self._seat(crew, rank, batch_id, batch), material, self.profile)
 
     def deal(self, batch: int) -> Dealt:
@@ -125,7 +130,7 @@ class Session:
         # there is little to compute, that is faster than three threads that share one interpreter.
         jobs = {rank: self._dealing(crew, nodes, rank, batch_id, batch, material[rank]) for rank in (P2, P0, P1)}
         found = crew.together(jobs, in_turn=in_turn or batch <= _SMALL_BATCH)
-        return Dealt(batch_id, batch, material, found, meter, time.perf_counter() - begin)
+        return Dealt(batch_id, batch, material, meter, time.perf_counter() - begin, found)
 
     def infer(
         self, dealt: Dealt, inputs: Mapping[str, Tensor], *, trace: bool = False
@@ -143,7 +148,10 @@ class Session:
                 self._crew, rank, dealt.batch_id, dealt.batch, material[rank], inputs, offsets if trace else None
             )
             jobs[rank] = self._job(rank, self.plan.schedule, seat, values[rank], keep=trace)
-        self._crew.together(jobs)
+        if dealt.batch <= _SMALL_BATCH:
+            self._crew.taking_turns({rank: job() for rank, job in jobs.items()})
+        else:
+            self._crew.together({rank: partial(_exhaust, job) for rank, job in jobs.items()})
         seconds = time.perf_counter() - begin
         run = Run(
             dealt.batch,
@@ -204,8 +212,8 @@ class Session:
 
     def _job(
         self, rank: int, schedule: Schedule, seat: Callable[[Node], Party], values: Values, *, keep: bool = True
-    ) -> Callable[[], None]:
-        return lambda: execute(
+    ) -> Callable[[], Iterator[None]]:
+        return lambda: steps(
             self.plan, schedule, self.network.channel(rank), seat, values, keep=keep, profile=self.profile
         )
 
@@ -220,21 +228,11 @@ class Session:
         offsets: dict[str, list[Tensor]] | None = None,
     ) -> Callable[[Node], Party]:
         channel, keys = crew.network.channel(rank), prf.keys_of(rank, self._keys)
-        shared = self._shared[rank]
+        shared, sized = self._shared[rank], self.plan.at(batch)
 
         def seat(node: Node) -> Party:
-            args, result = self._concrete(node, batch)
-            party = Party(
-                rank,
-                channel,
-                keys,
-                node,
-                self.plan.index[node.name],
-                batch_id,
-                args,
-                result,
-                operands=tuple(shared.get(arg) for arg in node.args),
-            )
+            operands = tuple(shared.get(arg) for arg in node.args)
+            party = Party(rank, channel, keys, sized[node.name], batch_id, operands)
             if material is not None:
                 party.material = material.get(node.name, [])
             if isinstance(node.op, Weight) and rank == OWNER:
@@ -247,8 +245,7 @@ class Session:
 
         return seat
 
-    def _concrete(self, node: Node, batch: int) -> tuple[tuple[Type, ...], Type]:
-        key = (node.name, batch)
-        if key not in self._types:
-            self._types[key] = tuple(t.at(batch) for t in self.plan.arg_types(node)), node.type.at(batch)
-        return self._types[key]
+
+def _exhaust(job: Callable[[], Iterator[None]]) -> None:
+    for _ in job():
+        pass

@@ -277,7 +277,7 @@ class MaxPool2d(FixedMaxPool2d):
 
     def run(self, party: Party, *args: Any) -> Program:
         if party.rank > 1:
-            for _ in self.parts(*party.args):
+            for _ in party.sized.parts:
                 yield from party.part()
             return None
         level = torch.stack(self.slots(args[0], self.lowest if party.first else 0))
@@ -349,7 +349,7 @@ class Argmax(FixedArgmax):
         )
 
     def run(self, party: Party, *args: Any) -> Program:
-        parts = self.parts(*party.args)
+        parts = party.sized.parts
         if party.rank > 1:
             for _ in parts:
                 yield from party.part()

@@ -10,7 +10,6 @@ from tacit.ir.cost import CLIENT, OWNER, P0, P1, P2
 from tacit.ir.op import Material
 from tacit.ir.ops.roles import Input, Weight
 from tacit.ir.plan import Node, Plan, Schedule
-from tacit.ir.types import Type
 from tacit.runtime.channel import Channel
 from tacit.runtime.net.flow import Blank, FlowChannel
 from tacit.runtime.party import Party, Seat, Values, deal, execute
@@ -29,7 +28,6 @@ class Seats:
         self.rank = rank
         self.keys = keys
         self.shared = shared
-        self._types: dict[tuple[str, int], tuple[tuple[Type, ...], Type]] = {}
 
     def seat(
         self,
@@ -46,15 +44,15 @@ class Seats:
         That key is fresh for each request and each push, so its streams are those of batch 0 on both sides.
         """
 
+        sized = self.plan.at(batch)
+
         def found(node: Node) -> Party:
-            args, result = self._concrete(node, batch)
             keys, stream = self.keys, batch_id
             if isinstance(node.op, (Input, Weight)) and outside is not None:
                 role = CLIENT if isinstance(node.op, Input) else OWNER
                 keys, stream = {role if self.rank == P0 else P0: outside}, 0
             operands = tuple(self.shared.get(arg) for arg in node.args)
-            index = self.plan.index[node.name]
-            party = Party(self.rank, channel, keys, node, index, stream, args, result, operands=operands)
+            party = Party(self.rank, channel, keys, sized[node.name], stream, operands)
             if material is not None:
                 party.material = material.get(node.name, [])
             if brought is not None and isinstance(node.op, (Input, Weight)):
@@ -69,12 +67,6 @@ class Seats:
         nodes = [n for n in self.plan.nodes if not n.op.session]
         deal(nodes, self.seat(channel, batch_id, batch), material)
         return material
-
-    def _concrete(self, node: Node, batch: int) -> tuple[tuple[Type, ...], Type]:
-        key = (node.name, batch)
-        if (found := self._types.get(key)) is None:
-            found = self._types[key] = tuple(t.at(batch) for t in self.plan.arg_types(node)), node.type.at(batch)
-        return found
 
 
 def part_of(schedule: Schedule, keep: Callable[[str], bool]) -> Schedule:
