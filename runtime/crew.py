@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -33,16 +34,22 @@ class Crew:
     def taking_turns(self, jobs: Mapping[int, Iterator[None]]) -> None:
         """Run the jobs of all parties in the caller's thread, each as far as its next yield and then the next one's."""
         self._usable()
+        ended = dict.fromkeys(jobs, time.perf_counter())
         with _one_core():
             while jobs:
-                jobs = {rank: job for rank, job in jobs.items() if self._goes_on(rank, job)}
+                jobs = {rank: job for rank, job in jobs.items() if self._turn(rank, job, ended)}
 
-    def _goes_on(self, rank: int, job: Iterator[None]) -> bool:
+    def _turn(self, rank: int, job: Iterator[None], ended: dict[int, float]) -> bool:
+        """One turn of a party; whether it wants another. `ended`: when each had its last one."""
+        if self.network.timeline is not None:
+            self.network.timeline.others(rank, ended[rank])
         try:
             return next(job, self) is not self
         except BaseException:
             self._broken = f"{ROLES[rank]} failed"
             raise
+        finally:
+            ended[rank] = time.perf_counter()
 
     def _usable(self) -> None:
         if self._broken:

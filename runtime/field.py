@@ -357,5 +357,5 @@ def has_zero(d0: torch.Tensor, d1: torch.Tensor, positions: int, p: int) -> torc
 
 def _words(value: torch.Tensor) -> Array:
     """The elements, flat and unsigned."""
-    flat = value.reshape(-1).numpy()
+    flat = value.numpy().reshape(-1)
     return flat.view(np.uint32 if flat.itemsize == 4 else np.uint64)

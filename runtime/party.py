@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -35,7 +35,7 @@ from tacit.runtime import field as zp
 from tacit.runtime import piecewise
 from tacit.runtime import ring as z64
 from tacit.runtime.channel import Channel
-from tacit.runtime.prf import Stream
+from tacit.runtime.prf import Stream, Streams
 from tacit.runtime.timeline import Profile
 
 Tensor = torch.Tensor
@@ -55,7 +55,7 @@ class Party:
 
     rank: int
     channel: Channel
-    keys: Mapping[int, bytes]
+    streams: Streams
     sized: SizedNode
     batch_id: int
     operands: tuple[Any, ...] = ()  # the operands that belong to the session, for dealing
@@ -67,7 +67,7 @@ class Party:
     field: ModuleType = zp
     piecewise: ModuleType = piecewise
     online: bool = False  # dealing and running have streams of their own: nothing is drawn twice
-    _streams: dict[int, Stream] = dataclasses.field(default_factory=dict)
+    _opened: dict[int, Stream] = dataclasses.field(default_factory=dict)
 
     @property
     def args(self) -> tuple[Type, ...]:
@@ -84,10 +84,16 @@ class Party:
 
     def prf(self, peer: int) -> Stream:
         """The stream that this party and `peer` have in common for this node and batch."""
-        if peer not in self._streams:
+        stream = self._opened.get(peer)
+        if stream is None:
             place = self.sized.index | (_ONLINE if self.online else 0)
-            self._streams[peer] = Stream(self.keys[peer], self.batch_id, place)
-        return self._streams[peer]
+            stream = self._opened[peer] = self.streams.open(peer, self.batch_id, place)
+        return stream
+
+    def close(self) -> None:
+        """This party draws nothing more for its node."""
+        for stream in self._opened.values():
+            stream.close()
 
     def own(self) -> Stream:
         """P2's private stream for this node and batch."""
@@ -208,6 +214,7 @@ class Party:
 
 
 Seat = Callable[[Node], Party]
+_Active = tuple[Node, Program, Round]  # a program and the round it is in
 
 
 def deal(
@@ -219,6 +226,7 @@ def deal(
         begin, party = time.perf_counter(), seat(node)
         material[node.name] = [part.deal(party) for part in party.sized.parts]
         inventory += party.inventory
+        party.close()
         if profile is not None:
             profile.work("offline", node.name, party.rank, begin)
     return inventory
@@ -231,7 +239,7 @@ class _Running:
         self.rank = rank
         self.profile = profile
         self.values = values
-        self.programs: list[tuple[Node, Program, Round]] = []
+        self.programs: list[_Active] = []
         # How many lines still need a value; dropped at zero, unless everything is kept.
         self._uses = None if keep else dict(plan.uses)
 
@@ -304,13 +312,16 @@ def steps(
             profile.round(step, channel.rank, start)
 
 
-def _outgoing(active: Sequence[tuple[Node, Program, Round]]) -> Iterator[tuple[int, list[Tensor]]]:
+def _outgoing(active: Sequence[_Active]) -> Sequence[tuple[int, Sequence[Tensor]]]:
+    if len(active) == 1:  # as nearly always
+        return sorted(active[0][2].send.items())
     targets = sorted({target for _, _, wanted in active for target in wanted.send})
-    for target in targets:
-        yield target, [t for _, _, wanted in active for t in wanted.send.get(target, ())]
+    return [(target, [t for _, _, wanted in active for t in wanted.send.get(target, ())]) for target in targets]
 
 
-def _incoming(channel: Channel, active: Sequence[tuple[Node, Program, Round]]) -> list[Received]:
+def _incoming(channel: Channel, active: Sequence[_Active]) -> list[Received]:
+    if len(active) == 1:
+        return [{source: channel.recv(source, specs) for source, specs in sorted(active[0][2].recv.items())}]
     inbox: list[Received] = [{} for _ in active]
     for source in sorted({source for _, _, wanted in active for source in wanted.recv}):
         specs = [spec for _, _, wanted in active for spec in wanted.recv.get(source, ())]

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cache
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 import torch
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 from numpy.typing import NDArray
 
 from tacit.ir.cost import CLIENT, OWNER, P0, P1, P2
@@ -35,9 +36,16 @@ Keys = dict[tuple[int, int], bytes]
 _MOST_REJECTED = 0.02
 
 
+@cache
 def _per_draw(bound: int) -> int:
     """How many numbers below the bound to take from one 16-bit draw: few draws, and few of them rejected."""
     return next(k for k in (3, 2, 1) if k == 1 or (65536 % bound**k <= _MOST_REJECTED * 65536 and bound**k <= 65536))
+
+
+@cache
+def _radix(bounds: tuple[int, ...]) -> tuple[NDArray[Any], int]:
+    """The bounds of the digits of a 16-bit draw, and the least draw to be rejected."""
+    return np.array(bounds, np.uint16), 65536 - 65536 % math.prod(bounds)
 
 
 def fresh_keys() -> Keys:
@@ -50,12 +58,35 @@ def keys_of(party: int, keys: Keys) -> dict[int, bytes]:
     return {a if b == party else b: key for (a, b), key in keys.items() if party in (a, b)}
 
 
+class Streams:
+    """One party's keys by peer, and the streams under them."""
+
+    def __init__(self, keys: Mapping[int, bytes]) -> None:
+        self._keys = dict(keys)
+        self._free: dict[int, list[CipherContext]] = {peer: [] for peer in keys}
+
+    def open(self, peer: int, batch: int, node: int) -> Stream:
+        """The stream in common with a peer for a batch and a node, from its beginning."""
+        return Stream(self._keys[peer], batch, node, self._free[peer])
+
+
 class Stream:
     """One stream; both holders of its key draw the same values in the same order."""
 
-    def __init__(self, key: bytes, batch: int, node: int) -> None:
+    def __init__(self, key: bytes, batch: int, node: int, free: list[CipherContext] | None = None) -> None:
+        """`free`: ciphers under this key which no stream uses; making one takes longer than a draw."""
         nonce = batch.to_bytes(4, "big") + node.to_bytes(4, "big") + bytes(8)
-        self._cipher = Cipher(algorithms.AES(key), modes.CTR(nonce)).encryptor()
+        self._free = [] if free is None else free
+        try:
+            self._cipher = self._free.pop()
+            self._cipher.reset_nonce(nonce)
+        except IndexError:
+            self._cipher = Cipher(algorithms.AES(key), modes.CTR(nonce)).encryptor()
+
+    def close(self) -> None:
+        """Nothing more can be drawn; the cipher is free for another stream."""
+        self._free.append(self._cipher)
+        del self._cipher
 
     def _draw(self, shape: Iterable[int], dtype: type[np.generic]) -> NDArray[Any]:
         """Uniform words of a numpy type. numpy rather than torch: at batch 1 the calls are what costs."""
@@ -85,9 +116,9 @@ class Stream:
     def below(self, bound: int, shape: Iterable[int]) -> torch.Tensor:
         """Uniform on {0, ..., bound - 1} for a bound up to 256, as uint8: exact, by rejection."""
         shape = tuple(shape)
-        count = _per_draw(bound)
-        drawn = self._residues((bound,) * count, -(-math.prod(shape) // count))
-        return torch.from_numpy(drawn.reshape(-1)[: math.prod(shape)].reshape(shape))
+        count, size = _per_draw(bound), math.prod(shape)
+        drawn = self._residues((bound,) * count, -(-size // count))
+        return torch.from_numpy(drawn.reshape(-1)[:size].reshape(shape))
 
     def blinding(self, p: int, shape: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """A multiplier, uniform on {1, ..., p - 1}, and a share of zero, uniform on Z_p, from every draw; uint8."""
@@ -100,8 +131,7 @@ class Stream:
     def _residues(self, bounds: tuple[int, ...], count: int) -> NDArray[Any]:
         """(len(bounds), count): row k uniform below bounds[k], all from one 16-bit draw each, by rejection."""
         draws, out = self._draw((count,), np.uint16), np.empty((len(bounds), count), np.uint8)
-        product = math.prod(bounds)
-        rejected = field.split_draws(draws, np.array(bounds, np.uint16), 65536 - 65536 % product, out)
+        rejected = field.split_draws(draws, *_radix(bounds), out)
         if len(rejected):
             out[:, rejected] = self._residues(bounds, len(rejected))
         return out

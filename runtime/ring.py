@@ -95,16 +95,17 @@ def _matmul(x: Array, w: Array, out: Array) -> None:
 
 def matmul(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
     """x (M, K) times w (K, N). On one core, without the GIL."""
-    left, right = x.contiguous().numpy(), w.contiguous().numpy()
-    out = torch.empty((len(x), w.shape[1]), dtype=x.dtype) if out is None else out
-    (_matmul if len(x) < _FEW_ROWS else tiled)(left, right, out.numpy())
+    left, right = np.ascontiguousarray(x.numpy()), np.ascontiguousarray(w.numpy())
+    out = torch.from_numpy(np.empty((len(left), right.shape[1]), left.dtype)) if out is None else out
+    (_matmul if len(left) < _FEW_ROWS else tiled)(left, right, out.numpy())
     return out
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., I) times the transpose of weight (O, I)."""
-    out = matmul(x.reshape(-1, x.shape[-1]), weight.t())
-    return out.view(*x.shape[:-1], len(weight))
+    if x.dim() == 2:
+        return matmul(x, weight.t())
+    return matmul(x.reshape(-1, x.shape[-1]), weight.t()).view(*x.shape[:-1], len(weight))
 
 
 def unfold(x: Tensor, kernel: Shape, stride: Shape, padding: Shape, dilation: Shape) -> Tensor:
@@ -275,10 +276,61 @@ def relu_truncate(
     return out
 
 
+@njit(nogil=True, cache=True)
+def _bit_share(rho: Array, flip: Array, e: Array, first: bool, out: Array) -> None:
+    word: Any = out.dtype.type
+    zero, one = word(0), word(1) if first else word(0)
+    for i in range(out.size):
+        w = zero - word(flip[i] ^ e[i])  # a mask: all ones where the public bit is 1
+        out[i] = ((rho[i] ^ w) - w) + (w & one)
+
+
 def bit_share(rho: Tensor, flip: Tensor, e: Tensor, *, first: bool) -> Tensor:
     """A share of e xor flip xor rho, in the ring of `rho`; `flip` and `e` are known to both."""
-    public = (flip ^ e).to(rho.dtype).view(rho.shape)
-    return (1 - 2 * public) * rho + (public if first else 0)
+    out = torch.empty_like(rho)
+    _bit_share(_words(rho), flip.numpy(), e.numpy(), first, _words(out))
+    return out
+
+
+@njit(nogil=True, cache=True)
+def _pair_differences(value: Array, out: Array) -> None:
+    n, classes = value.shape
+    row = 0
+    for a in range(classes):
+        for b in range(a + 1, classes):
+            for i in range(n):
+                out[row, i] = value[i, a] - value[i, b]
+            row += 1
+
+
+def pair_differences(value: Tensor) -> Tensor:
+    """value[:, a] - value[:, b] of (n, classes) for all a < b, in the order of a, then of b: (pairs, n)."""
+    n, classes = value.shape
+    out = torch.empty((classes * (classes - 1) // 2, n), dtype=value.dtype)
+    _pair_differences(value.numpy(), out.numpy())
+    return out
+
+
+@njit(nogil=True, cache=True)
+def _wins(bits: Array, first: bool, out: Array) -> None:
+    n, classes = out.shape
+    for i in range(n):
+        for b in range(classes):
+            out[i, b] = b if first else 0
+    row = 0
+    for a in range(classes):
+        for b in range(a + 1, classes):
+            for i in range(n):
+                out[i, a] += bits[row, i]
+                out[i, b] -= bits[row, i]
+            row += 1
+
+
+def wins(bits: Tensor, classes: int, *, first: bool) -> Tensor:
+    """How many classes each beats, (n, classes), from the bits [a beats b], (pairs, n), in the same order."""
+    out = torch.empty((bits.shape[1], classes), dtype=bits.dtype)
+    _wins(bits.numpy(), first, out.numpy())
+    return out
 
 
 @njit(nogil=True, cache=True)
@@ -338,7 +390,7 @@ def low_bits(value: Tensor, bits: int) -> Tensor:
 
 def _words(value: Tensor) -> Array:
     """The elements, flat and unsigned."""
-    flat = value.reshape(-1).numpy()
+    flat = value.numpy().reshape(-1)
     return flat.view(np.uint32 if flat.itemsize == 4 else np.uint64)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -30,7 +30,9 @@ from tacit.runtime.timeline import Profile
 Tensor = torch.Tensor
 _EVERYONE = tuple(range(len(ROLES)))
 _MAX_BATCHES = 1 << 32
-_SMALL_BATCH = 2
+# Where an inference is fewer bytes than this, the parties take turns in one thread: handing the interpreter from
+# thread to thread then costs more than a second core gains (measured on two cores: at most 16 MB).
+_LITTLE = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,10 @@ class Session:
         self.plan = plan.verify()
         self._link = link
         self._crew = Crew("party", link)
+        self._bytes: dict[int, int] = {}  # of one inference, by batch
         self.profile: Profile | None = None  # benchmarks collect seconds by phase and line here
-        self._keys = keys or prf.fresh_keys()
+        keys = keys or prf.fresh_keys()
+        self._streams = {rank: prf.Streams(prf.keys_of(rank, keys)) for rank in _EVERYONE}
         self._weights = weights
         self._shared: dict[int, Values] = {rank: {} for rank in _EVERYONE}
         self._next_batch = 1  # batch 0 is the session's own part
@@ -126,10 +130,9 @@ class Session:
         nodes = [n for n in self.plan.nodes if not n.op.session]
         material: dict[int, dict[str, list[Material]]] = {rank: {} for rank in _EVERYONE}
         meter, begin = crew.network.start_phase(), time.perf_counter()
-        # Dealing goes one way, from P2: P0 and P1 never keep it waiting, so the parties may also take turns. Where
-        # there is little to compute, that is faster than three threads that share one interpreter.
+        # Dealing goes one way, from P2: P0 and P1 never keep it waiting, so the parties may also take turns.
         jobs = {rank: self._dealing(crew, nodes, rank, batch_id, batch, material[rank]) for rank in (P2, P0, P1)}
-        found = crew.together(jobs, in_turn=in_turn or batch <= _SMALL_BATCH)
+        found = crew.together(jobs, in_turn=in_turn or self._little(batch))
         return Dealt(batch_id, batch, material, meter, time.perf_counter() - begin, found)
 
     def infer(
@@ -148,7 +151,7 @@ class Session:
                 self._crew, rank, dealt.batch_id, dealt.batch, material[rank], inputs, offsets if trace else None
             )
             jobs[rank] = self._job(rank, self.plan.schedule, seat, values[rank], keep=trace)
-        if dealt.batch <= _SMALL_BATCH:
+        if self._little(dealt.batch):
             self._crew.taking_turns({rank: job() for rank, job in jobs.items()})
         else:
             self._crew.together({rank: partial(_exhaust, job) for rank, job in jobs.items()})
@@ -169,19 +172,23 @@ class Session:
     def stream(self, batches: Iterable[Mapping[str, Tensor]]) -> Iterator[tuple[Tensor, Run]]:
         """`deal` and `infer` for one batch after another, each dealt while the one before it is online.
 
+        Where there is little to do and no network to wait for, each is dealt just before it goes online instead.
         Reads one batch ahead of the answers and keeps material for no more than two. The dealing parties take turns in
         one thread, beside those online, and have links of their own: under an emulated network, dealing takes nothing
         away from the messages online.
         """
         crew, ahead = Crew("dealing", self._link), ThreadPoolExecutor(1, thread_name_prefix="ahead")
-        waiting: list[tuple[Mapping[str, Tensor], Future[Dealt]]] = []
+        waiting: list[tuple[Mapping[str, Tensor], Callable[[], Dealt]]] = []
         source = iter(batches)
         try:
             while True:
                 try:
                     inputs = next(source)
-                    dealt = ahead.submit(self._deal, crew, len(next(iter(inputs.values()))), in_turn=True)
-                    waiting.append((inputs, dealt))
+                    batch = len(next(iter(inputs.values())))
+                    if self._link is None and self._little(batch):
+                        waiting.append((inputs, partial(self.deal, batch)))
+                    else:
+                        waiting.append((inputs, ahead.submit(self._deal, crew, batch, in_turn=True).result))
                 except BaseException as end:
                     # What came before is still answered, also where the next one is unfit.
                     for item in waiting:
@@ -195,8 +202,8 @@ class Session:
             ahead.shutdown(wait=True, cancel_futures=True)
             crew.close()
 
-    def _finished(self, inputs: Mapping[str, Tensor], dealt: Future[Dealt]) -> tuple[Tensor, Run]:
-        answer, run, _ = self.infer(dealt.result(), inputs)
+    def _finished(self, inputs: Mapping[str, Tensor], dealt: Callable[[], Dealt]) -> tuple[Tensor, Run]:
+        answer, run, _ = self.infer(dealt(), inputs)
         return answer, run
 
     def _opened(self, values: Mapping[int, Values]) -> dict[str, Tensor]:
@@ -209,6 +216,13 @@ class Session:
             else:
                 out[node.name] = values[CLIENT][node.name]
         return out
+
+    def _little(self, batch: int) -> bool:
+        """Whether the parties take turns in one thread."""
+        if batch not in self._bytes:
+            cost = self.plan.cost(batch=batch)
+            self._bytes[batch] = cost.online_bytes + cost.offline_bytes
+        return self._bytes[batch] < _LITTLE
 
     def _job(
         self, rank: int, schedule: Schedule, seat: Callable[[Node], Party], values: Values, *, keep: bool = True
@@ -227,12 +241,12 @@ class Session:
         inputs: Mapping[str, Tensor] | None = None,
         offsets: dict[str, list[Tensor]] | None = None,
     ) -> Callable[[Node], Party]:
-        channel, keys = crew.network.channel(rank), prf.keys_of(rank, self._keys)
+        channel, streams = crew.network.channel(rank), self._streams[rank]
         shared, sized = self._shared[rank], self.plan.at(batch)
 
         def seat(node: Node) -> Party:
             operands = tuple(shared.get(arg) for arg in node.args)
-            party = Party(rank, channel, keys, sized[node.name], batch_id, operands)
+            party = Party(rank, channel, streams, sized[node.name], batch_id, operands)
             if material is not None:
                 party.material = material.get(node.name, [])
             if isinstance(node.op, Weight) and rank == OWNER:

@@ -46,6 +46,10 @@ class Timeline(Profile):
     def round(self, step: int, rank: int, begin: float) -> None:
         self.slices.append(Slice(rank, "round", f"round {step + 1}", begin, time.perf_counter()))
 
+    def others(self, rank: int, begin: float) -> None:
+        """Since `begin` it was the turn of the other parties in the thread that all share."""
+        self.slices.append(Slice(rank, "wait", "turns of the others", begin, time.perf_counter()))
+
     def message(self, kind: str, link: Link, size: int, begin: float) -> None:
         """A "send" at the first end of the link, or the "wait" for a message at the other."""
         rank = link[0] if kind == "send" else link[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 
 import pytest
@@ -19,7 +18,7 @@ from tacit.ir.ops.ranking import ArgmaxByRank
 from tacit.ir.plan import Plan
 from tacit.ir.types import Batch, Type
 from tacit.runtime import field, party
-from tacit.runtime.prf import Stream
+from tacit.runtime.prf import Stream, Streams
 from tacit.runtime.session import Dealt, Session
 
 Tensor = torch.Tensor
@@ -94,14 +93,14 @@ def test_every_message_of_every_op_is_uniform(sample: Sample) -> None:
 @pytest.mark.parametrize(**params(Level.PROTOCOL))
 def test_no_party_opens_a_stream_twice(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was drawn in dealing would else be drawn again online: two masks alike, and their difference is known."""
-    opened: list[tuple[int, bytes, int, int]] = []
+    opened: list[tuple[Streams, int, int, int]] = []
+    plain = Streams.open
 
-    class Recorded(Stream):
-        def __init__(self, key: bytes, batch: int, node: int) -> None:
-            super().__init__(key, batch, node)
-            opened.append((inspect.stack()[1].frame.f_locals["self"].rank, key, batch, node))
+    def recorded(self: Streams, peer: int, batch: int, node: int) -> Stream:
+        opened.append((self, peer, batch, node))  # a party has one `Streams`
+        return plain(self, peer, batch, node)
 
-    monkeypatch.setattr(party, "Stream", Recorded)
+    monkeypatch.setattr(Streams, "open", recorded)
     constant_run(single(sample), 2, 3, seed=1)
     assert opened
     assert len(set(opened)) == len(opened)

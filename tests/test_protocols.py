@@ -15,7 +15,7 @@ from scipy.stats import chisquare
 from tacit.ir.cost import P0, P1, P2
 from tacit.ir.digits import _PRIMES, Digits, prime_for
 from tacit.runtime import field, prf, ring
-from tacit.runtime.prf import Stream
+from tacit.runtime.prf import Stream, Streams
 
 int64s = st.integers(-(2**63), 2**63 - 1)
 
@@ -236,6 +236,20 @@ def test_streams_agree_at_both_ends_and_never_overlap() -> None:
 
 def test_every_key_is_fresh_in_every_session() -> None:
     assert len({key for _ in range(50) for key in prf.fresh_keys().values()}) == 50 * len(prf.PAIRS)
+
+
+def test_a_cipher_that_serves_again_starts_its_stream_from_the_beginning() -> None:
+    key, streams = bytes(range(16)), Streams({P1: bytes(range(16))})
+    for left_over in (1, 15, 16, 40):  # bytes that a stream draws before it is closed
+        used = streams.open(P1, 7, left_over)
+        used.words((left_over,), torch.uint8)
+        used.close()
+        with pytest.raises(AttributeError):
+            used.bits((1,))
+        again, beside = streams.open(P1, 8, 9), streams.open(P1, 7, left_over)
+        assert again._cipher is not beside._cipher
+        for stream, place in ((again, (8, 9)), (beside, (7, left_over))):
+            assert torch.equal(stream.ring((5, 3)), Stream(key, *place).ring((5, 3)))
 
 
 def test_draws_do_not_depend_on_how_they_are_cut() -> None:

@@ -59,7 +59,7 @@ class LargestRank(Subprotocol):
         mask = party.mask("largest", shape, bits=self.ring)
         if words is None or refresh is None:
             return {"mask": mask}
-        return {"mask": mask, "order": words.argsort(1), "refresh": refresh}
+        return {"mask": mask, "order": torch.from_numpy(words.numpy().argsort(1)), "refresh": refresh}
 
     def run(self, party: Party, material: Material, *values: Any) -> Program:
         """`values`: shares of the ranks, (n, classes); returns shares of the index of the largest, (n,)."""
@@ -116,11 +116,6 @@ class ArgmaxByRank(FixedArgmax):
             yield from party.part()
             yield from party.part()
             return None
-        value = args[0].t()
-        classes = len(value)
         # A class beats a later one where it is at least as large, so the first of equals ranks highest.
-        earlier, later = torch.triu_indices(classes, classes, 1)
-        (bits,) = yield from party.part(value[earlier] - value[later])
-        ranks = torch.arange(classes, dtype=bits.dtype)[:, None].expand(value.shape) * int(party.first)
-        ranks = ranks.index_add(0, earlier, bits).index_add(0, later, bits, alpha=-1)
-        return (yield from party.part(ranks.t()))
+        (bits,) = yield from party.part(party.ring.pair_differences(args[0]))
+        return (yield from party.part(party.ring.wins(bits, args[0].shape[1], first=party.first)))

@@ -13,7 +13,7 @@ from tacit.ir.plan import Node, Plan, Schedule
 from tacit.runtime.channel import Channel
 from tacit.runtime.net.flow import Blank, FlowChannel
 from tacit.runtime.party import Party, Seat, Values, deal, execute
-from tacit.runtime.prf import KEY_BYTES
+from tacit.runtime.prf import KEY_BYTES, Streams
 
 Tensor = torch.Tensor
 Dealt = dict[str, list[Material]]
@@ -27,6 +27,7 @@ class Seats:
         self.plan = plan
         self.rank = rank
         self.keys = keys
+        self._streams = Streams(keys)
         self.shared = shared
 
     def seat(
@@ -47,12 +48,12 @@ class Seats:
         sized = self.plan.at(batch)
 
         def found(node: Node) -> Party:
-            keys, stream = self.keys, batch_id
+            streams, of_batch = self._streams, batch_id
             if isinstance(node.op, (Input, Weight)) and outside is not None:
                 role = CLIENT if isinstance(node.op, Input) else OWNER
-                keys, stream = {role if self.rank == P0 else P0: outside}, 0
+                streams, of_batch = Streams({role if self.rank == P0 else P0: outside}), 0
             operands = tuple(self.shared.get(arg) for arg in node.args)
-            party = Party(self.rank, channel, keys, sized[node.name], stream, operands)
+            party = Party(self.rank, channel, streams, sized[node.name], of_batch, operands)
             if material is not None:
                 party.material = material.get(node.name, [])
             if brought is not None and isinstance(node.op, (Input, Weight)):
