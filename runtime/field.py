@@ -23,12 +23,13 @@ _BLOCK = 1024
 
 @njit(nogil=True, cache=True)
 def split_draws(draws: Array, bounds: Array, limit: int, out: Array) -> Array:
-    """out[0], out[1], ... = the digits of each 16-bit draw in the mixed radix `bounds`, the lowest first.
+    """out[0, i], out[1, i], ... = the digits of the i-th 16-bit draw in the mixed radix `bounds`, the lowest first.
 
-    Uniform and independent for draws that are uniform below `limit`, a multiple of the bounds' product.
-    Returns the positions of the draws at or above it, which are to be drawn again.
+    Uniform and independent for draws that are uniform below `limit`, a multiple of the bounds' product. A draw at or
+    above it is replaced by the next of those beyond out's columns that is below. Returns the positions for which there
+    was none: they are to be drawn again.
     """
-    n = draws.size
+    n, spare = out.shape[1], out.shape[1]
     rest = np.empty(_BLOCK, np.uint16)
     last = np.uint16(limit - 1)
     found = [0 for _ in range(0)]
@@ -46,7 +47,19 @@ def split_draws(draws: Array, bounds: Array, limit: int, out: Array) -> Array:
         for k in range(bounds.size):
             target = out[k, begin : begin + m]
             _divide(rest[:m], bounds[k], target)
-    return np.array(found, dtype=np.int64)
+    left = [0 for _ in range(0)]
+    for e in found:
+        while spare < draws.size and draws[spare] > last:
+            spare += 1
+        if spare == draws.size:
+            left.append(e)
+            continue
+        value = np.uint32(draws[spare])
+        spare += 1
+        for k in range(bounds.size):
+            out[k, e] = np.uint8(value % np.uint32(bounds[k]))
+            value //= np.uint32(bounds[k])
+    return np.array(left, dtype=np.int64)
 
 
 @njit(nogil=True, cache=True, inline="always")

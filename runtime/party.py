@@ -313,6 +313,8 @@ def steps(
 
 
 def _outgoing(active: Sequence[_Active]) -> Sequence[tuple[int, Sequence[Tensor]]]:
+    if not active:
+        return ()
     if len(active) == 1:  # as nearly always
         return sorted(active[0][2].send.items())
     targets = sorted({target for _, _, wanted in active for target in wanted.send})
@@ -320,6 +322,8 @@ def _outgoing(active: Sequence[_Active]) -> Sequence[tuple[int, Sequence[Tensor]
 
 
 def _incoming(channel: Channel, active: Sequence[_Active]) -> list[Received]:
+    if not active:
+        return []
     if len(active) == 1:
         return [{source: channel.recv(source, specs) for source, specs in sorted(active[0][2].recv.items())}]
     inbox: list[Received] = [{} for _ in active]

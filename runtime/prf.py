@@ -34,6 +34,7 @@ PAIRS = (*combinations((P0, P1, P2), 2), (P2, P2), (P0, CLIENT), (P0, OWNER))
 
 Keys = dict[tuple[int, int], bytes]
 _MOST_REJECTED = 0.02
+_SPARE_SHIFT, _SPARE = 6, 8  # draws beyond what is needed: one in 64, and eight
 
 
 @cache
@@ -130,7 +131,9 @@ class Stream:
 
     def _residues(self, bounds: tuple[int, ...], count: int) -> NDArray[Any]:
         """(len(bounds), count): row k uniform below bounds[k], all from one 16-bit draw each, by rejection."""
-        draws, out = self._draw((count,), np.uint16), np.empty((len(bounds), count), np.uint8)
+        # A few more draws than numbers, instead of those that are rejected: one pass is nearly always enough.
+        draws = self._draw((count + (count >> _SPARE_SHIFT) + _SPARE,), np.uint16)
+        out = np.empty((len(bounds), count), np.uint8)
         rejected = field.split_draws(draws, *_radix(bounds), out)
         if len(rejected):
             out[:, rejected] = self._residues(bounds, len(rejected))

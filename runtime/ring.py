@@ -169,7 +169,7 @@ def truncate(c: Tensor, shifted_r: Tensor, msb_r: Tensor, bits: int, *, first: b
     c is of Z_2^k; the share is in the ring of `shifted_r`.
     """
     out = torch.empty_like(shifted_r)
-    _truncate(_words(c), _words(shifted_r), msb_r.reshape(-1).numpy(), bits, first, _words(out))
+    _truncate(_words(c), _words(shifted_r), msb_r.numpy().reshape(-1), bits, first, _words(out))
     return out
 
 
@@ -263,10 +263,10 @@ def relu_truncate(
     _relu_truncate(
         _words(c),
         _words(shifted_r),
-        msb_r.reshape(-1).numpy(),
+        msb_r.numpy().reshape(-1),
         _words(rho),
         _words(rho_r),
-        rho_msb.reshape(-1).numpy(),
+        rho_msb.numpy().reshape(-1),
         flip.numpy(),
         e.numpy(),
         bits,
@@ -372,7 +372,7 @@ def _gate(bits: Array, value: Array, out: Array) -> None:
 def gate(bits: Tensor, value: Tensor) -> Tensor:
     """The value where the bit is 1, else 0; the bits are flat, as uint8."""
     out = torch.empty_like(value)
-    _gate(bits.reshape(-1).numpy(), _words(value), _words(out))
+    _gate(bits.numpy().reshape(-1), _words(value), _words(out))
     return out
 
 

@@ -264,6 +264,17 @@ def test_bounded_draws_are_uniform(bound: int) -> None:
     assert chisquare(counts).pvalue > 1e-6
 
 
+def test_spare_draws_stand_in_for_rejected_ones_in_order() -> None:
+    """Every number comes from a draw of its own that was accepted; where spare draws run out, the place is named."""
+    bounds, limit = (10, 11), 65536 - 65536 % 110
+    first, spare = [7, 65535, 109, limit, limit - 1, 65534], [65533, 5 + 10 * 3, limit, 9 + 10 * 10]
+    out = np.full((2, len(first)), 255, np.uint8)
+    left = field.split_draws(np.array(first + spare, np.uint16), np.array(bounds, np.uint16), limit, out)
+    assert left.tolist() == [5]
+    kept = [7, 35, 109, 109, limit - 1]
+    assert out[:, :5].tolist() == [[v % 10 for v in kept], [v // 10 % 11 for v in kept]]
+
+
 @pytest.mark.parametrize(
     "bounds", [(2,), (3,), (66,), (67,), (200,), (256,), (11, 11, 11), (10, 11), (36, 37), (66, 67)]
 )
