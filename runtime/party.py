@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -58,7 +58,7 @@ class Party:
     streams: Streams
     sized: SizedNode
     batch_id: int
-    operands: tuple[Any, ...] = ()  # the operands that belong to the session, for dealing
+    shared: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # the session's values, by line
     material: list[Material] = dataclasses.field(default_factory=list)
     value: Tensor | None = None  # what the role that owns this node brings: input or weight
     offsets: list[Tensor] | None = None  # where the truncation offsets are recorded, at P0
@@ -76,6 +76,11 @@ class Party:
     @property
     def type(self) -> Type:
         return self.sized.type
+
+    @property
+    def operands(self) -> tuple[Any, ...]:
+        """The operands that belong to the session, None for others: for dealing."""
+        return tuple(self.shared.get(arg) for arg in self.sized.node.args)
 
     @property
     def first(self) -> bool:

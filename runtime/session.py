@@ -245,8 +245,7 @@ class Session:
         shared, sized = self._shared[rank], self.plan.at(batch)
 
         def seat(node: Node) -> Party:
-            operands = tuple(shared.get(arg) for arg in node.args)
-            party = Party(rank, channel, streams, sized[node.name], batch_id, operands)
+            party = Party(rank, channel, streams, sized[node.name], batch_id, shared)
             if material is not None:
                 party.material = material.get(node.name, [])
             if isinstance(node.op, Weight) and rank == OWNER:

@@ -52,8 +52,7 @@ class Seats:
             if isinstance(node.op, (Input, Weight)) and outside is not None:
                 role = CLIENT if isinstance(node.op, Input) else OWNER
                 streams, of_batch = Streams({role if self.rank == P0 else P0: outside}), 0
-            operands = tuple(self.shared.get(arg) for arg in node.args)
-            party = Party(self.rank, channel, streams, sized[node.name], of_batch, operands)
+            party = Party(self.rank, channel, streams, sized[node.name], of_batch, self.shared)
             if material is not None:
                 party.material = material.get(node.name, [])
             if brought is not None and isinstance(node.op, (Input, Weight)):
