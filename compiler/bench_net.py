@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class NetMeasured:
-    """Seconds of one request alone (median), beside virtual parties in this process, and of a batch in a pipeline.
+    """Seconds of one request alone (median), by turns with virtual parties in this process, and of many in a pipeline.
 
     All include offline and online, sharing the input and revealing the answer. `expected_s` is rounds x latency plus
     the bytes of the busiest link over the rate, for an emulated network.
@@ -73,22 +74,17 @@ def bench_net(
             with connect(parties.file, parties.folder / "client") as remote:
                 for _ in range(3):
                     remote.predict(x)
+                    secure(x)
                 time.sleep(1.0)  # the store fills
-                alone = statistics.median(_timed(remote, x) for _ in range(runs))
+                pairs = [(_timed(remote.predict, x), _timed(secure, x)) for _ in range(runs)]
                 pipelined = {n: _pipelined(remote, x, n, max(runs, 3 * n)) for n in in_flight}
-    secure(x)
-    virtual = []
-    for _ in range(runs):
-        begin = time.perf_counter()
-        secure(x)
-        virtual.append(time.perf_counter() - begin)
     return NetMeasured(
         model,
         batch,
         network,
         runs,
-        alone,
-        statistics.median(virtual),
+        statistics.median(alone for alone, _ in pairs),
+        statistics.median(virtual for _, virtual in pairs),
         _expected(secure.plan.schedule.rounds, secure, batch, network),
         secure.plan.schedule.rounds,
         pipelined,
@@ -103,9 +99,9 @@ def _expected(rounds: int, secure: Secure, batch: int, network: str) -> float:
     return rounds * link.latency_seconds + max(book[Phase.ONLINE].values()) / link.bytes_per_second
 
 
-def _timed(remote: Remote, x: Tensor) -> float:
+def _timed(predict: Callable[[Tensor], Tensor], x: Tensor) -> float:
     begin = time.perf_counter()
-    remote.predict(x)
+    predict(x)
     return time.perf_counter() - begin
 
 

@@ -31,7 +31,7 @@ class Crew:
     def close(self) -> None:
         self._pool.shutdown(wait=True)
 
-    def taking_turns(self, jobs: Mapping[int, Iterator[None]]) -> None:
+    def taking_turns(self, jobs: Mapping[int, Iterator[Any]]) -> None:
         """Run the jobs of all parties in the caller's thread, each as far as its next yield and then the next one's."""
         self._usable()
         ended = dict.fromkeys(jobs, time.perf_counter())
@@ -39,7 +39,7 @@ class Crew:
             while jobs:
                 jobs = {rank: job for rank, job in jobs.items() if self._turn(rank, job, ended)}
 
-    def _turn(self, rank: int, job: Iterator[None], ended: dict[int, float]) -> bool:
+    def _turn(self, rank: int, job: Iterator[Any], ended: dict[int, float]) -> bool:
         """One turn of a party; whether it wants another. `ended`: when each had its last one."""
         if self.network.timeline is not None:
             self.network.timeline.others(rank, ended[rank])

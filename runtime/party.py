@@ -219,6 +219,7 @@ class Party:
 
 
 Seat = Callable[[Node], Party]
+Awaited = Mapping[int, Sequence[Spec]]
 _Active = tuple[Node, Program, Round]  # a program and the round it is in
 
 
@@ -293,10 +294,10 @@ def steps(
     *,
     keep: bool = True,
     profile: Profile | None = None,
-) -> Iterator[None]:
+) -> Iterator[Awaited]:
     """`execute` step by step: yields when the messages of a round were sent, and before those of the peers are awaited.
 
-    Parties that take turns at every yield never wait for one another.
+    Yields what is awaited, by sender. Parties that take turns at every yield never wait for one another.
     """
     running = _Running(plan, values, rank=channel.rank, keep=keep, profile=profile)
     for step in range(schedule.rounds + 1):
@@ -310,8 +311,9 @@ def steps(
         active, running.programs = running.programs, []
         for target, tensors in _outgoing(active):
             channel.send(target, tensors)
-        yield
-        for (node, program, _), received in zip(active, _incoming(channel, active), strict=True):
+        awaited = _awaited(active)
+        yield awaited
+        for (node, program, _), received in zip(active, _incoming(channel, active, awaited), strict=True):
             running.advance(node, program, received)
         if profile is not None:
             profile.round(step, channel.rank, start)
@@ -326,16 +328,22 @@ def _outgoing(active: Sequence[_Active]) -> Sequence[tuple[int, Sequence[Tensor]
     return [(target, [t for _, _, wanted in active for t in wanted.send.get(target, ())]) for target in targets]
 
 
-def _incoming(channel: Channel, active: Sequence[_Active]) -> list[Received]:
+def _awaited(active: Sequence[_Active]) -> Awaited:
+    if not active:
+        return {}
+    if len(active) == 1:
+        return active[0][2].recv
+    sources = sorted({source for _, _, wanted in active for source in wanted.recv})
+    return {s: [spec for _, _, wanted in active for spec in wanted.recv.get(s, ())] for s in sources}
+
+
+def _incoming(channel: Channel, active: Sequence[_Active], awaited: Awaited) -> list[Received]:
     if not active:
         return []
+    arrived = {source: channel.recv(source, specs) for source, specs in sorted(awaited.items())}
     if len(active) == 1:
-        return [{source: channel.recv(source, specs) for source, specs in sorted(active[0][2].recv.items())}]
-    inbox: list[Received] = [{} for _ in active]
-    for source in sorted({source for _, _, wanted in active for source in wanted.recv}):
-        specs = [spec for _, _, wanted in active for spec in wanted.recv.get(source, ())]
-        arrived = iter(channel.recv(source, specs))
-        for box, (_, _, wanted) in zip(inbox, active, strict=True):
-            if source in wanted.recv:
-                box[source] = tuple(next(arrived) for _ in wanted.recv[source])
+        return [arrived]
+    parts, inbox = {source: iter(found) for source, found in arrived.items()}, []
+    for _, _, wanted in active:
+        inbox.append({source: tuple(next(parts[source]) for _ in specs) for source, specs in wanted.recv.items()})
     return inbox

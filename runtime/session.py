@@ -24,7 +24,7 @@ from tacit.runtime import prf
 from tacit.runtime.channel import LinkModel, Meter, Network
 from tacit.runtime.crew import PARTIES, Crew
 from tacit.runtime.memory import keep_freed_buffers
-from tacit.runtime.party import Inventory, Party, Values, deal, steps
+from tacit.runtime.party import Awaited, Inventory, Party, Values, deal, steps
 from tacit.runtime.timeline import Profile
 
 Tensor = torch.Tensor
@@ -226,7 +226,7 @@ class Session:
 
     def _job(
         self, rank: int, schedule: Schedule, seat: Callable[[Node], Party], values: Values, *, keep: bool = True
-    ) -> Callable[[], Iterator[None]]:
+    ) -> Callable[[], Iterator[Awaited]]:
         return lambda: steps(
             self.plan, schedule, self.network.channel(rank), seat, values, keep=keep, profile=self.profile
         )
@@ -259,6 +259,6 @@ class Session:
         return seat
 
 
-def _exhaust(job: Callable[[], Iterator[None]]) -> None:
+def _exhaust(job: Callable[[], Iterator[Awaited]]) -> None:
     for _ in job():
         pass

@@ -19,7 +19,7 @@ from tacit.ir.errors import PartyError, ProtocolError, RefusedError, TacitError
 from tacit.ir.plan import Plan
 from tacit.runtime.channel import NETWORKS
 from tacit.runtime.net.deployment import Deployment, Identity, check_batch
-from tacit.runtime.net.flow import Flow, FlowChannel, Payload, budget, traffic
+from tacit.runtime.net.flow import Flow, FlowChannel, Payload, books, budget
 from tacit.runtime.net.frames import PLAN_BYTES, Fields, FrameError, Header, Phase
 from tacit.runtime.net.handshake import Hello, dial
 from tacit.runtime.net.link import Caller, Link
@@ -54,7 +54,7 @@ class Client:
         self._identity = identity
         self._tls = context(deployment, identity, server=False)
         self._digest = plan.digest if plan else deployment.plan
-        self._plan = plan
+        self._take(plan)
         self._links: dict[int, Link] = {}
         self._flows: dict[int, tuple[Flow, dict[int, Link]]] = {}
         self._gone: OrderedDict[int, tuple[Flow, dict[int, Link]]] = OrderedDict()
@@ -70,6 +70,11 @@ class Client:
             link.close("the client is done")
         for link in links:
             link.join(2.0)
+
+    def _take(self, plan: Plan | None) -> None:
+        self._plan = plan
+        if plan is not None:
+            self._book, self._seats = books(plan), Seats(plan, CLIENT, {}, {})
 
     @property
     def plan(self) -> Plan:
@@ -91,7 +96,7 @@ class Client:
         check_batch(batch, self.deployment.limits)
         # Fresh for this request: P0's share follows from it, and is no use to anybody else.
         number, seed = int.from_bytes(os.urandom(8), "big"), os.urandom(KEY_BYTES)
-        flow = Flow(number, batch, budget(traffic(plan, batch), CLIENT), begin + seconds, seconds)
+        flow = Flow(number, batch, budget(self._book(batch), CLIENT), begin + seconds, seconds)
         with self._lock:
             self._flows[number] = flow, links
         try:
@@ -119,7 +124,7 @@ class Client:
             lambda to, phase, depth, message: links[to].send(flow.request, phase, depth, message),
         )
         values: Values = {}
-        seat = Seats(plan, CLIENT, {}, {}).seat(channel, 0, flow.batch, brought=inputs, outside=seed)
+        seat = self._seats.seat(channel, 0, flow.batch, brought=inputs, outside=seed)
         execute(plan, plan.schedule, channel, seat, values)
         answer: Tensor = values[plan.result]
         return answer, Served(flow.batch, max(channel.deepest, channel.meter.rounds), channel.meter.bytes, 0.0)
@@ -147,7 +152,8 @@ class Client:
                     "P0 and P1 run different plans" if hellos[0].plan != hellos[1].plan else "no model was pushed yet"
                 )
             if self._plan is None or self._plan.digest != hellos[0].plan:
-                self._plan = self._fetch(hellos[0].plan)
+                self._take(self._fetch(hellos[0].plan))
+            assert self._plan is not None
             return dict(self._links), self._plan
 
     def _dial(self, rank: int) -> Link:

@@ -46,6 +46,7 @@ class Coordinator:
         self._wake_refill = threading.Event()
         self._stop = threading.Event()
         self._pool = ThreadPoolExecutor(limits.in_flight, thread_name_prefix="request")
+        self._calls = ThreadPoolExecutor(2, thread_name_prefix="dealing")
         self._threads = [
             threading.Thread(target=target, name=name, daemon=True)
             for name, target in (("keeper", self._keep), ("refill", self._refill))
@@ -167,15 +168,16 @@ class Coordinator:
             request = session.tag | AHEAD | batch_id
             self.engine.flow(request, batch, seconds)
             links = {rank: self.engine.links.get(rank) for rank in (P1, P2)}
-            with ThreadPoolExecutor(2) as pool:
-                asked = {}
-                for rank, link in links.items():
-                    if link is None:
-                        raise PartyError(f"{ROLES[rank]} is not connected")
-                    asked[rank] = pool.submit(link.call, "deal", seconds, request=request, batch=batch, seconds=seconds)
-                self.engine.deal_ahead(request, batch, seconds)
-                size = asked[P1].result().integer("bytes", 0, 1 << 62)
-                asked[P2].result()
+            asked = {}
+            for rank, link in links.items():
+                if link is None:
+                    raise PartyError(f"{ROLES[rank]} is not connected")
+                asked[rank] = self._calls.submit(
+                    link.call, "deal", seconds, request=request, batch=batch, seconds=seconds
+                )
+            self.engine.deal_ahead(request, batch, seconds)
+            size = asked[P1].result().integer("bytes", 0, 1 << 62)
+            asked[P2].result()
             if self.stock is stock:
                 stock.add(batch_id, batch, size)
                 self.engine.metrics.dealt.inc()
@@ -302,7 +304,8 @@ class Coordinator:
         self._stop.set()
         self._wake.set()
         self._wake_refill.set()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._calls):
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def resume_answer(engine: Engine, fields: Fields) -> dict[str, object]:

@@ -6,26 +6,26 @@ import hashlib
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import torch
 
 from tacit.ir.cost import CLIENT, P1, P2, ROLES
 from tacit.ir.errors import PartyError, ProtocolError, TacitError
 from tacit.runtime.net.deployment import Limits
-from tacit.runtime.net.flow import Book, Flow, FlowChannel, Payload, Replay, budget, traffic
+from tacit.runtime.net.flow import Book, Flow, FlowChannel, Payload, Replay, books, budget
 from tacit.runtime.net.frames import FrameError, Phase
 from tacit.runtime.net.link import Link, mistake
 from tacit.runtime.net.lobby import Visit
 from tacit.runtime.net.metrics import Log, Metrics
 from tacit.runtime.net.seats import Dealt, Seats, weight_values
 from tacit.runtime.net.store import Model, SessionRecord, Store
-from tacit.runtime.party import execute
+from tacit.runtime.party import Awaited, steps
 
 Tensor = torch.Tensor
+_UNREAD = 1 << 17  # bytes that TCP takes in while nobody reads: half in the send buffer, half in the window
 _REMEMBERED = 4096  # requests that have ended, whose late messages are dropped
 _PREPARED = 1024  # batches whose material P2 keeps in memory; others it deals again for itself
 _EXPANDED, _EXPANDED_BYTES = 16, 1 << 20  # P0 and P1 have that many batches of that size ready to use, in memory too
@@ -56,7 +56,44 @@ class Session:
         self.tag = tag_of(record.nonce)
         values = weight_values(model.plan, model.shares) | layouts(record.opened)
         self.seats = Seats(model.plan, rank, record.keys, values)
-        self.book: Callable[[int], Book] = lru_cache(64)(lambda batch: traffic(model.plan, batch))
+        self.book: Callable[[int], Book] = books(model.plan)
+
+    def link_bytes(self, batch: int) -> int:
+        """What one request sends over the busiest link online."""
+        return max(self.book(batch)[Phase.ONLINE].values(), default=0)
+
+
+class Relay:
+    """A party program that goes on in whichever thread brings the message it waits for.
+
+    Handing every message to a thread of the request's own would cost a switch in every round, as much as the rest of a
+    small round. The thread is a link's reader, which reads nothing meanwhile: this is for requests of little work only.
+    All of them that may be under way fit into what TCP takes in unread, so that no two readers wait for one another.
+    """
+
+    def __init__(self, program: Iterator[Awaited], flow: Flow) -> None:
+        self._program = program
+        self._flow = flow
+        self._ended = threading.Event()
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        """Start it, and wait until it has ended; raises what it raised, PartyError where it was too late."""
+        self._go_on()
+        if not self._ended.wait(max(0.0, self._flow.deadline - time.monotonic())):
+            self._flow.late()
+            self._ended.wait()
+        if self._error is not None:
+            raise self._error
+
+    def _go_on(self) -> None:
+        try:
+            for awaited in self._program:
+                if not self._flow.there(Phase.ONLINE, awaited, self._go_on):
+                    return
+        except BaseException as error:
+            self._error = error
+        self._ended.set()
 
 
 def layouts(opened: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -273,6 +310,7 @@ class Engine:
             reason = f"{ROLES[self.rank]} failed: {mistake(error)}"
         finally:
             self.end(job.request)
+            self.store.drop_material(job.batch_id, job.batch)
             self.metrics.in_flight.dec()
             self.metrics.requests.labels("failed" if reason else "answered").inc()
             self.metrics.seconds.observe(time.monotonic() - job.begun)
@@ -292,7 +330,13 @@ class Engine:
         material = self._material(job, flow, session, send)
         channel = FlowChannel(flow, self.rank, Phase.ONLINE, send)
         seat = session.seats.seat(channel, job.batch_id, job.batch, material=material, outside=job.seed)
-        execute(session.plan, session.plan.schedule, channel, seat, dict(session.seats.shared), keep=False)
+        plan, values = session.plan, dict(session.seats.shared)
+        program = steps(plan, plan.schedule, channel, seat, values, keep=False)
+        if session.link_bytes(job.batch) * self.limits.in_flight <= _UNREAD:
+            Relay(program, flow).run()
+        else:
+            for _ in program:
+                pass
         self.metrics.sent(Phase.ONLINE, channel.meter)
 
     def _material(
@@ -307,8 +351,7 @@ class Engine:
         with self._lock:
             kept = self._prepared.pop(job.batch_id, None)
         if kept is not None:
-            self.store.drop_material(job.batch_id, job.batch)
-            return kept
+            return kept  # the file is dropped when the request has ended: it counts as consumed already
         # P2 after a restart: the same keys give the same material, and nothing is sent again.
         messages = self.store.take_material(job.batch_id, job.batch) if self.rank != P2 else {}
         return session.seats.deal(Replay(self.rank, messages), job.batch_id, job.batch)

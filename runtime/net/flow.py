@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from tacit.ir.op import Spec
 from tacit.ir.plan import Plan
 from tacit.runtime.channel import Channel, Meter
 from tacit.runtime.net.frames import FrameError, Phase, spec_bytes, tensors
+from tacit.runtime.party import Awaited
 
 Tensor = torch.Tensor
 Payload = NDArray[np.uint8]
@@ -38,6 +40,11 @@ def traffic(plan: Plan, batch: int, *, session: bool = False, only: Callable[[st
     return out
 
 
+def books(plan: Plan) -> Callable[[int], Book]:
+    """`traffic` of one batch, the last few sizes remembered."""
+    return lru_cache(64)(partial(traffic, plan))
+
+
 def budget(book: Book, rank: int) -> Budget:
     """What of it arrives at one participant, by phase and sender."""
     return {(phase, a): size for phase, links in book.items() for (a, b), size in links.items() if b == rank}
@@ -56,6 +63,7 @@ class Flow:
         self._arrived: dict[tuple[Phase, int], deque[tuple[int, Payload]]] = {}
         self._wanted: dict[tuple[Phase, int], int] = {}
         self._failure: TacitError | None = None
+        self._waiter: tuple[Phase, list[int], Callable[[], None]] | None = None
         self._changed = threading.Condition()
 
     def room(self, source: int, phase: Phase, size: int) -> Payload:
@@ -76,6 +84,9 @@ class Flow:
             if not self.finished:
                 self._arrived.setdefault((phase, source), deque()).append((depth, payload))
             self._changed.notify_all()
+            resume = self._due()
+        if resume is not None:
+            resume()
 
     def take(self, source: int, phase: Phase, size: int | None = None) -> tuple[int, Payload]:
         """The next message and its depth; raises PartyError once it is too late, or as soon as the flow has failed."""
@@ -95,11 +106,43 @@ class Flow:
             raise ProtocolError(f"{ROLES[source]} sent {payload.size} bytes where the plan provides for {size}")
         return depth, payload
 
+    def there(self, phase: Phase, awaited: Awaited, resume: Callable[[], None]) -> bool:
+        """Whether one message of each sender is there, or the flow has failed: `take` does not wait.
+
+        If not, `resume` is called once it is so, by the thread that brings the last of them.
+        """
+        with self._changed:
+            sizes = {source: size for source, specs in awaited.items() if (size := spec_bytes(specs))}
+            for source, size in sizes.items():
+                self._wanted[phase, source] = size
+            self._waiter = phase, list(sizes), resume
+            return self._due() is not None
+
+    def _due(self) -> Callable[[], None] | None:
+        """Called with the lock: who goes on now."""
+        if self._waiter is None:
+            return None
+        phase, sources, resume = self._waiter
+        if self._failure is None and not all(self._arrived.get((phase, source)) for source in sources):
+            return None
+        self._waiter = None
+        return resume
+
+    def late(self) -> None:
+        """The deadline has passed: fail, naming a party that is waited for."""
+        with self._changed:
+            phase, sources, _ = self._waiter or (Phase.ONLINE, [], None)
+            missing = [ROLES[s] for s in sources if not self._arrived.get((phase, s))]
+        self.fail(PartyError(f"{missing[0] if missing else 'this party'} did not answer within {self._seconds:g} s"))
+
     def fail(self, error: TacitError) -> None:
         """Wake whoever waits; the first reason counts."""
         with self._changed:
             self._failure = self._failure or error
             self._changed.notify_all()
+            resume = self._due()
+        if resume is not None:
+            resume()
 
     @property
     def failure(self) -> TacitError | None:

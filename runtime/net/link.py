@@ -176,12 +176,11 @@ class Link:
 
     def _read_frame(self) -> None:
         raw = bytearray(HEADER.size)
-        view = memoryview(raw)
         try:
-            self._wire.read(view[:1], time.monotonic() + self._limits.silence_seconds)
+            self._wire.wait(time.monotonic() + self._limits.silence_seconds)
         except Late:
             raise Closed(f"it was silent for {self._limits.silence_seconds:g} s") from None
-        self._wire.read(view[1:], time.monotonic() + self._limits.frame_seconds)
+        self._wire.read(memoryview(raw), time.monotonic() + self._limits.frame_seconds)
         header = Header.parse(raw, self._received, self.role)
         self._received = (self._received + 1) % SERIALS
         deadline = time.monotonic() + self._frame_seconds(header.length)

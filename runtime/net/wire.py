@@ -62,6 +62,7 @@ class Wire:
         self._closed = False
         self._buffer = memoryview(bytearray(_RECORD))
         self._begin = self._end = 0  # what of the buffer was received and not yet read
+        self._readable = select.poll()  # the one reader's
         try:
             self._sock = tls.wrap_socket(sock, server_side=server, do_handshake_on_connect=False)
         except OSError as error:
@@ -69,6 +70,7 @@ class Wire:
             raise Closed(_reason(error)) from None
         try:
             self._until(self._sock.do_handshake, deadline)
+            self._readable.register(self._sock, select.POLLIN)
         except PartyError as error:
             self._linger(min(deadline, time.monotonic() + _LINGER))
             self._sock.close()
@@ -85,6 +87,11 @@ class Wire:
 
         Small reads go through a buffer of the size of a TLS record, which holds a header and a short message at once.
         """
+        size = len(view)
+        if size <= self._end - self._begin:  # as mostly
+            view[:] = self._buffer[self._begin : self._begin + size]
+            self._begin += size
+            return
         while len(view):
             if self._begin < self._end:
                 count = min(len(view), self._end - self._begin)
@@ -96,7 +103,17 @@ class Wire:
                 self._begin, self._end, count = 0, self._receive(self._buffer, deadline), 0
             view = view[count:]
 
+    def wait(self, deadline: float) -> None:
+        """Until there is something to read."""
+        if self._begin == self._end:
+            self._begin, self._end = 0, self._receive(self._buffer, deadline)
+
     def _receive(self, view: memoryview, deadline: float) -> int:
+        # Waiting first is one call less than to find that nothing is there: a frame is read whole, then comes the next.
+        with self._lock:
+            pending = not self._closed and self._sock.pending()
+        if not pending:
+            self._wait(self._readable, deadline)
         count = self._until(partial(self._sock.recv_into, view), deadline)
         if not count:
             raise Closed("it closed the connection")
@@ -123,15 +140,22 @@ class Wire:
                 events = select.POLLOUT
             except (OSError, ValueError) as error:
                 raise Closed(_reason(error)) from None
-            left = deadline - time.monotonic()
             poll = select.poll()
             try:
                 poll.register(self._sock, events)
-                ready = left > 0 and poll.poll(1000 * left)
             except (OSError, ValueError):  # closed in between
                 raise Closed("the connection was closed") from None
-            if not ready:
-                raise Late("the deadline passed")
+            self._wait(poll, deadline)
+
+    @staticmethod
+    def _wait(poll: select.poll, deadline: float) -> None:
+        left = deadline - time.monotonic()
+        try:
+            ready = left > 0 and poll.poll(1000 * left)
+        except (OSError, ValueError):  # closed in between
+            raise Closed("the connection was closed") from None
+        if not ready:
+            raise Late("the deadline passed")
 
     def stop(self) -> None:
         """Wake everyone who waits on this connection; they find it closed."""
