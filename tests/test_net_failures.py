@@ -51,11 +51,11 @@ def after(owner, name):
         die()
         return found
     setattr(owner, name, call)
+whole = store.Ledger._write
 def torn(self, raw):
     die_now = left[0] == 1
-    os.write(self._file, raw[: len(raw) // 2] if die_now else raw)
+    whole(self, raw[: len(raw) // 2] if die_now else raw)
     die()
-    os.fdatasync(self._file)
 place = "{place}"
 if "taking" in place:
     engine._EXPANDED = 0  # or it would be in memory already
@@ -69,8 +69,8 @@ else:
         "after the ledger": lambda: after(store.Ledger, "consume"),
         "before taking material": lambda: before(store.Store, "take_material"),
         "after taking material": lambda: after(store.Store, "take_material"),
-        "before using it": lambda: before(engine, "execute"),
-        "after using it": lambda: after(engine, "execute"),
+        "before using it": lambda: before(engine.Relay, "run"),
+        "after using it": lambda: after(engine.Relay, "run"),
         "storing material": lambda: after(store.Store, "put_material"),
         "reserving ids": lambda: after(store.Store, "reserve"),
     }}[place]()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from net_harness import compiled, free_ports, images
+from net_harness import compiled, free_ports, images, written
 from typer.testing import CliRunner
 
 import tacit
@@ -178,7 +178,7 @@ def test_callers_side_by_side_each_have_theirs_on_disk(tmp_path: Path) -> None:
     def consume(first: int) -> None:
         for batch_id in range(first, first + 50):
             ledger.consume(NONCE, batch_id, "1")
-            if f"{NONCE} {batch_id} 1\n" not in (tmp_path / "ledger").read_text():
+            if f"{NONCE} {batch_id} 1\n" not in written(tmp_path / "ledger"):
                 missing.append(batch_id)
 
     threads = [threading.Thread(target=consume, args=(50 * i,)) for i in range(6)]
@@ -199,12 +199,28 @@ def test_a_line_cut_short_is_dropped_and_a_full_disk_stops_everything(
     assert 1 in ledger.used(NONCE)
     assert 2 not in ledger.used(NONCE)
     ledger.consume(NONCE, 2, "1")
-    assert (tmp_path / "ledger").read_text() == f"{NONCE} 1 1\n{NONCE} 2 1\n"
+    assert written(tmp_path / "ledger") == f"{NONCE} 1 1\n{NONCE} 2 1\n"
     monkeypatch.setattr(os, "fdatasync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     for batch_id in (3, 4):
         with pytest.raises(ProtocolError, match="the ledger cannot be written"):
             ledger.consume(NONCE, batch_id, "1")
     ledger.close()
+
+
+def test_a_ledger_grows_in_steps_and_is_as_long_as_it_says_once_it_is_closed(tmp_path: Path) -> None:
+    path, lines = tmp_path / "ledger", 2000  # more than one step
+    for session in (NONCE, "cd" * 16):
+        ledger = Ledger(path)
+        for batch_id in range(lines):
+            ledger.consume(session, batch_id, "1")
+        assert path.stat().st_size > len(written(path))
+        ledger.close()
+        assert path.read_text() == written(path)
+    assert len(path.read_text().splitlines()) == 2 * lines
+    again = Ledger(path)
+    assert all(i in again.used(NONCE) and i in again.used("cd" * 16) for i in range(lines))
+    assert lines not in again.used(NONCE)
+    again.close()
 
 
 def test_a_ledger_with_a_batch_twice_is_not_accepted(tmp_path: Path) -> None:

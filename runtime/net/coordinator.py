@@ -6,7 +6,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from tacit.ir.cost import P1, P2, ROLES
 from tacit.ir.errors import PartyError, ProtocolError, RefusedError, TacitError
@@ -172,15 +172,19 @@ class Coordinator:
             for rank, link in links.items():
                 if link is None:
                     raise PartyError(f"{ROLES[rank]} is not connected")
-                asked[rank] = self._calls.submit(
-                    link.call, "deal", seconds, request=request, batch=batch, seconds=seconds
-                )
+                asked[rank] = self._call(link, seconds, request=request, batch=batch, seconds=seconds)
             self.engine.deal_ahead(request, batch, seconds)
             size = asked[P1].result().integer("bytes", 0, 1 << 62)
             asked[P2].result()
             if self.stock is stock:
                 stock.add(batch_id, batch, size)
                 self.engine.metrics.dealt.inc()
+
+    def _call(self, link: Link, limit: float, **fields: float) -> Future[Fields]:
+        try:
+            return self._calls.submit(link.call, "deal", limit, **fields)
+        except RuntimeError:  # of a pool that was shut down
+            raise RefusedError("P0 is shutting down") from None
 
     def _refill(self) -> None:
         """In the background: fill the store of the sizes asked for lately once it is below the low-water mark."""

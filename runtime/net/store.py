@@ -23,6 +23,7 @@ import shutil
 import struct
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,9 @@ class SessionRecord:
     push: str
     keys: Mapping[int, bytes]
     opened: Mapping[str, Tensor]
+
+
+_LEDGER_STEP = 1 << 16  # bytes by which its file grows
 
 
 class Ids:
@@ -96,7 +100,11 @@ class Ids:
 
 
 class Ledger:
-    """Which batches were consumed. `consume` returns once the disk has it; callers side by side share one write."""
+    """Which batches were consumed. `consume` returns once the disk has it; callers side by side share one write.
+
+    The file is longer than what it says, zeros to its end: a line that is written over them changes no length, and the
+    disk has it in a fraction of the time that it takes to append one.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -106,15 +114,17 @@ class Ledger:
         self._writing = False
         self._broken = ""
         self._used: dict[str, Ids] = {}
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         self._load()
 
     def _load(self) -> None:
-        raw = self._path.read_bytes()
-        whole = raw.rfind(b"\n") + 1
-        if whole != len(raw):  # a line cut short was never followed by a use
-            os.ftruncate(self._file, whole)
-        for line in raw[:whole].decode().splitlines():
+        raw = self._path.read_bytes().rstrip(b"\0")
+        # A line cut short was never followed by a use.
+        self._end = self._length = raw.rfind(b"\n") + 1
+        os.ftruncate(self._file, self._end)
+        for line in raw[: self._end].decode().splitlines():
+            if "\0" in line:
+                continue  # the disk had a write in part when the machine stopped: nobody was told that it has it
             nonce, batch_id, *_ = line.split()
             if not self._used.setdefault(nonce, Ids()).add(int(batch_id)):
                 raise ProtocolError(f"{self._path} holds batch {batch_id} of session {nonce[:8]} twice")
@@ -151,15 +161,20 @@ class Ledger:
             self._lock.notify_all()
 
     def _write(self, raw: bytes) -> None:
-        if os.write(self._file, raw) != len(raw):
+        while self._end + len(raw) > self._length:
+            self._length += os.pwrite(self._file, bytes(_LEDGER_STEP), self._length)
+        if os.pwrite(self._file, raw, self._end) != len(raw):
             raise ProtocolError("the ledger's disk is full")
         os.fdatasync(self._file)
+        self._end += len(raw)
 
     def used(self, nonce: str) -> Ids:
         with self._lock:
             return self._used.setdefault(nonce, Ids())
 
     def close(self) -> None:
+        with suppress(OSError):
+            os.ftruncate(self._file, self._end)
         os.close(self._file)
 
 
