@@ -18,6 +18,8 @@ from torch import nn
 
 import tacit
 from tacit import passes, progress
+from tacit.capture import Capture
+from tacit.ir.plan import Plan
 from tacit.passes import Draft
 
 SMALL = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
@@ -59,8 +61,9 @@ def test_a_failure_of_the_compiler_leaves_a_folder_without_weights(bugs: Path, m
     assert f"after {before}" in str(raised.value)
     assert isinstance(raised.value.__cause__, KeyError)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
     texts = {path.name: path.read_text() for path in folder.iterdir()}
-    assert {"environment.txt", "traceback.txt", "00_capture.txt", f"06_{before}.txt"} <= texts.keys()
+    assert {"environment.txt", "traceback.txt", "exported.txt", "00_capture.txt", f"06_{before}.txt"} <= texts.keys()
     assert "faulty" in texts["traceback.txt"] and "KeyError" in texts["traceback.txt"]
     assert "line7" in texts["traceback.txt"]
     assert re.search(r"^torch \d", texts["environment.txt"], re.MULTILINE)
@@ -70,6 +73,56 @@ def test_a_failure_of_the_compiler_leaves_a_folder_without_weights(bugs: Path, m
     everything = "\n".join(texts.values())
     assert not [value for value in numbers(model, x) if value in everything]
     assert len([value for value in numbers(model, x) if value in str(error)]) > 20  # the search finds what is there
+
+
+class Constants(nn.Module):
+    """Weights in all the ways in which a model may have them: parameter, buffer, tensor, literal, number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 5)
+        self.register_buffer("shift", torch.rand(5))
+        self.scales = torch.rand(5)
+        self.factor = 0.73519 + float(torch.rand(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        literal = torch.tensor([0.81325, 0.17219, 0.55613, 0.93471, 0.36287])
+        return (self.first(x).relu() * self.factor + self.shift) * self.scales + literal * 1.93157e-3
+
+
+def test_a_failure_of_capture_leaves_the_exported_graph(bugs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def faulty(*args: object) -> None:
+        raise AttributeError("on purpose")
+
+    monkeypatch.setattr(Capture, "_call", faulty)
+    model, x = seeded(Constants()), images(4, 6)
+    with pytest.raises(tacit.CompilerBug, match="before the first pass"):
+        tacit.compile(model, x, input_range=(-1, 1))
+    (folder,) = bugs.glob("tacit-bug-*")
+    texts = {path.name: path.read_text() for path in folder.iterdir()}
+    assert texts.keys() == {"environment.txt", "traceback.txt", "exported.txt"}
+    graph = texts["exported.txt"]
+    assert re.search(
+        r"%linear : torch.float32\[s\d+, 5\] = call_function aten.linear.default\(x, p_first_weight", graph
+    )
+    assert "first.weight" in graph and "@first" in graph and "test_diagnostics.py:" in graph
+    assert re.search(r"aten.mul.Tensor\(relu, #\)", graph)  # a number in the code may be a weight
+    everything = "\n".join(texts.values())
+    written = {f"{model.factor:.4f}", "0.8132", "0.1721", "0.5561", "0.9347", "0.3628", "1.93", "0.00193"}
+    assert not [v for v in numbers(model, x, model.scales) | written if v in everything]
+    exported = torch.export.export(model, (x,))
+    shown = f"{exported}{exported.state_dict}{exported.constants}"
+    assert len([v for v in numbers(model, model.scales) if v in shown]) > 30  # the search finds what is there
+
+
+def test_what_cannot_be_printed_does_not_hide_the_rest(bugs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken(monkeypatch, KeyError("on purpose"))
+    monkeypatch.setattr(Plan, "__str__", lambda self: 1 // 0)
+    with pytest.raises(tacit.CompilerBug):
+        tacit.compile(seeded(SMALL), images(4, 6))
+    (folder,) = bugs.glob("tacit-bug-*")
+    assert "cannot be printed: ZeroDivisionError" in (folder / "00_capture.txt").read_text()
+    assert "aten.linear" in (folder / "exported.txt").read_text()
 
 
 def test_causes_are_told_and_shortened(bugs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
