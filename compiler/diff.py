@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from tacit.ir.ops.roles import Input, Weight
 from tacit.ir.plan import Node, Plan
 from tacit.passes import stages
 from tacit.passes.bound import WIDEST
+from tacit.progress import waiting
 from tacit.runtime.overflow import headroom, limit, magnitude
 from tacit.runtime.reference import interpret
 from tacit.secure import Secure
@@ -58,6 +59,11 @@ def diff(model: Model, *inputs: Any, tolerance: float = TOLERANCE, **options: An
     The options are those of `tacit.compile`. Each layer of the simplified model (batch norms folded) stands beside the
     line that its value became. Raises CompileError and InputError.
     """
+    with waiting("comparing with float"):
+        return _diff(model, inputs, tolerance, options)
+
+
+def _diff(model: Model, inputs: tuple[Any, ...], tolerance: float, options: Mapping[str, Any]) -> Diff:
     draft = prepare(model, inputs if len(inputs) > 1 else inputs[0], **options)
     float_plan, final = draft, draft
     for _, found in stages(draft):

@@ -231,3 +231,49 @@ def test_what_is_quick_or_not_on_a_terminal_is_silent(
     with pytest.raises(ValueError, match="on purpose"), progress.waiting("failing"):
         raise ValueError("on purpose")
     assert not progress._showing.locked()
+
+
+def test_a_display_appears_during_the_first_item(patience: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", screen := Terminal())
+    for _ in progress.track(iter(range(1)), "one long item", total=1):
+        time.sleep(0.4)
+        seen = screen.getvalue()
+    assert "one long item" in seen and "0/1" in seen
+
+
+def test_what_is_printed_into_a_file_stays_there(
+    patience: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stderr", screen := Terminal())
+    with progress.waiting("printing"):
+        time.sleep(0.2)
+        print("a result")
+        time.sleep(0.2)
+    assert capsys.readouterr().out == "a result\n"
+    assert "printing" in screen.getvalue() and "a result" not in screen.getvalue()
+
+
+def test_streams_show_how_far_they_are(
+    patience: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    secure = tacit.compile(seeded(SMALL), images(4, 6), input_range=(-1, 1))
+    secure(images(2, 6))
+
+    def answers(batches: object) -> int:
+        found = 0
+        for _ in secure.stream(batches):  # type: ignore[arg-type]
+            time.sleep(0.15)
+            found += 1
+        return found
+
+    assert answers([images(2, 6)] * 3) == 3
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(sys, "stderr", screen := Terminal())
+    assert answers([images(2, 6)] * 3) == 3
+    assert "encrypted inference" in screen.getvalue() and "/3" in screen.getvalue()
+    screen.truncate(0)
+    assert answers(images(2, 6) for _ in range(3)) == 3  # how many there are is not known
+    assert "/?" in screen.getvalue()
+    for _ in secure.stream([images(2, 6)] * 3):
+        break  # given up
+    assert not progress._showing.locked()
