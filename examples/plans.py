@@ -41,7 +41,7 @@ def main() -> None:
 
     print("\nWhat P2 sees, and what the plan discloses:")
     statement = leakage(plan)
-    for line in (*statement.views[2].sees, *statement.disclosed[:4]):
+    for line in (*(seen.what for seen in statement.views[2].statements), *statement.disclosed[:4]):
         print(f"  - {line}")
 
     print("\nWhat the textbook protocol costs instead:")

@@ -295,6 +295,7 @@ class FixedArgmax(Op):
 
     name = "fixed.argmax"
     levels = _FIXED
+    answer = "the class of each of its inputs, and no logits"
 
     def infer(self, x: Type) -> Type:
         expect_kind("secret", x)

@@ -17,7 +17,7 @@ from tacit.ir.plan import Plan, PlanCost
 from tacit.ir.predict import Prediction
 from tacit.ir.view.drawing import svg
 from tacit.ir.view.layers import headroom, layer_of, layers
-from tacit.ir.view.leakage import View, leakage
+from tacit.ir.view.leakage import NETWORK, View, leakage
 
 # No address is ever fetched: the page says so itself, and the browser enforces it.
 _POLICY = (
@@ -132,6 +132,7 @@ _ROLES = {
     "P2": "dealer and helper",
     "client": "brings inputs, learns the answer",
     "owner": "brings the weights",
+    "network": "whoever watches the links between hosts",
 }
 
 
@@ -139,8 +140,8 @@ def _leakage(plan: Plan) -> str:
     found = leakage(plan)
     claim = (
         "<p class=claim>No party learns an input, a weight or a value in between; the client alone learns the answer. "
-        "Below: what each of them is sent, why that tells nothing, what the plan itself makes public, and what "
-        "has to hold.</p>"
+        "Below: what each of them sees, why that tells nothing more, which ops cause it, what the plan itself makes "
+        "public, and what has to hold.</p>"
     )
     cards = "".join(_view(view) for view in found.views)
     lists = "".join(
@@ -157,15 +158,21 @@ def _view(view: View) -> str:
         for r in view.received
     )
     table = (
-        f"<details><summary>Messages it is sent, at a batch of 1</summary><table><thead><tr><th>phase</th><th>from</th>"
+        f"<details><summary>Messages {'that pass' if view.role == NETWORK else 'it is sent'}, at a batch of 1"
+        f"</summary><table><thead><tr><th>phase</th><th>from</th>"
         f"<th class=n>size</th><th>by</th></tr></thead><tbody>{rows}</tbody></table></details>"
         if rows
         else "<p class=soft>It is sent no message.</p>"
     )
+    statements = "".join(
+        f"<li>{escape(s.what)}<p class=why>{escape(s.why)}</p>"
+        + (f"<p class=by>{escape(', '.join(s.ops))}</p>" if s.ops else "")
+        + "</li>"
+        for s in view.statements
+    )
     return (
-        f"<div class=card><h3>{view.role} <span>{_ROLES[view.role]}</span></h3><h4>Sees</h4><ul>"
-        f"{_items(view.sees)}</ul>"
-        f"<h4>Why that tells nothing more</h4><ul>{_items(view.because)}</ul>{table}</div>"
+        f"<div class=card><h3>{view.role} <span>{_ROLES[view.role]}</span></h3><ul class=sees>{statements}</ul>"
+        f"{table}</div>"
     )
 
 
