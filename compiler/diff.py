@@ -12,8 +12,8 @@ from tacit.driver import Model, prepare
 from tacit.ir.op import Level
 from tacit.ir.ops.roles import Input, Weight
 from tacit.ir.plan import Node, Plan
+from tacit.ir.view.layers import headroom as room
 from tacit.passes import stages
-from tacit.passes.bound import WIDEST
 from tacit.progress import waiting
 from tacit.runtime.overflow import headroom, limit, magnitude
 from tacit.runtime.reference import interpret
@@ -131,13 +131,23 @@ def text(found: Diff) -> str:
 
 
 def ranges_text(plan: Plan) -> str:
-    """Every line of a plan with the range that it states, and the bits that are left above it."""
-    rows = [["line", "op", "range", "bits", "left", "module"]]
+    """Every line of a plan with the range that it states, and the bits that are left above it in its ring."""
+    rows = [["line", "op", "range", "bits", "ring", "left", "module"]]
     for node in plan.nodes:
         if node.type.kind == "secret":
             reach, width = limit(node) / 2.0**node.type.frac, node.type.width
-            rows.append([f"%{node.name}", node.op.name, f"+-{reach:.4g}", str(width), str(WIDEST - width), node.path])
-    return "\n".join([*aligned(rows, numbers=range(2, 5)), f"ranges={plan.ranges}"])
+            rows.append(
+                [
+                    f"%{node.name}",
+                    node.op.name,
+                    f"+-{reach:.4g}",
+                    str(width),
+                    str(node.type.ring),
+                    str(room(node)),
+                    node.path,
+                ]
+            )
+    return "\n".join([*aligned(rows, numbers=range(2, 6)), f"ranges={plan.ranges}"])
 
 
 def aligned(rows: Sequence[Sequence[str]], *, numbers: range) -> list[str]:

@@ -97,7 +97,7 @@ class FixedReLU(Op):
 
 @dataclass(frozen=True)
 class ReLU(FixedReLU):
-    """DReLU and selection in three rounds, the truncation fused: see `comparison.Select`."""
+    """max(x, 0), truncation fused, in three rounds: one opening, one PrivateCompare, one bit (`comparison.Select`)."""
 
     name = "relu"
     levels = _PROTOCOL

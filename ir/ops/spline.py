@@ -253,7 +253,7 @@ class FixedSpline(Op):
         return x.with_(frac=self.frac, width=TRUNCATION_WIDTH - (self.scale - self.frac) + 1)
 
     def discloses(self) -> str:
-        return f"The ranges over which {self.function} is fitted, which are those that its operands can have."
+        return "The ranges over which functions of one number are fitted: those that their operands can have."
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         offset = oracle.offset(args[0], self.drop) if self.drop and self.knots else torch.tensor(0)
@@ -294,7 +294,10 @@ _SAMPLES = (("gelu", (), 17, 2.0**-8), ("hardswish", (), 16, 2.0**-10), ("intege
 
 @dataclass(frozen=True)
 class SplineOnShares(FixedSpline):
-    """See `Piecewise`; then the dealer's truncation."""
+    """A function of one number as polynomials between knots, in three rounds however many; then a truncation.
+
+    x is compared with all knots at once (`Piecewise`).
+    """
 
     name = "spline"
     levels = _PROTOCOL
