@@ -118,7 +118,7 @@ def text(found: Diff) -> str:
             f"{row.mean_error:.2e}",
             f"{row.largest_value:.4g}",
             f"+-{row.reach:.4g}",
-            "OVERFLOW" if row.overflowed else f"{row.headroom} bits",
+            "OVERFLOW" if row.overflowed else f"{row.headroom} bit{'' if row.headroom == 1 else 's'}",
         ]
         for row in found.layers
     ]
