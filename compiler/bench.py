@@ -17,6 +17,7 @@ from tacit import networks
 from tacit.driver import compile as compile_model
 from tacit.ir.cost import ROLES
 from tacit.ir.errors import CompileError
+from tacit.progress import track
 from tacit.runtime.channel import NETWORKS
 from tacit.runtime.timeline import Profile
 from tacit.secure import Secure
@@ -162,7 +163,7 @@ def interleaved(
     """Plaintext on all cores and encrypted, in turn, after a warm-up of both."""
     torch.set_num_threads(os.cpu_count() or 1)
     plaintext, encrypted = [], []
-    for i in range(_WARM_UP + runs):
+    for i in track(range(_WARM_UP + runs), "measuring, after two to warm up"):
         seconds = _plaintext(plain, x)
         secure(x)
         run = secure.last_run

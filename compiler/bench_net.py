@@ -15,6 +15,7 @@ import torch
 from tacit.bench import MODELS
 from tacit.driver import compile as compile_model
 from tacit.ir.errors import CompileError
+from tacit.progress import waiting
 from tacit.remote import Remote, connect, push
 from tacit.runtime.channel import NETWORKS
 from tacit.runtime.net.deployment import Limits
@@ -69,7 +70,10 @@ def bench_net(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         secure.save(folder / "model")
-        with LocalParties(folder / "deployment", network=network, limits=limits) as parties:
+        with (
+            waiting("measuring three processes"),
+            LocalParties(folder / "deployment", network=network, limits=limits) as parties,
+        ):
             push(parties.file, parties.folder / "owner", folder / "model")
             with connect(parties.file, parties.folder / "client") as remote:
                 for _ in range(3):

@@ -13,55 +13,114 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.export import ExportedProgram
+
+from tacit.export import module_path, source_line
 from tacit.ir.errors import CompilerBug, TacitError
 from tacit.ir.plan import Plan
 
-Keep = Callable[[int, str, Plan], None]
 _PACKAGES = ("tacit", "torch", "numpy", "numba", "networkx", "cryptography", "safetensors")
 _LONGEST = 300
+_FRACTIONS = re.compile(r"[-+]?\d*\.\d[\d.]*(?:e[-+]?\d+)?|\b\d+e[-+]?\d+")
 # Text of an exception may hold values; numbers that could be weights, and whatever stands in brackets, are left out.
 _VALUES = re.compile(
     r"tensor\([^)]*\)|\[.*\]|[-+]?\d*\.\d[\d.]*(?:[eE][-+]?\d+)?|[-+]?\d{4,}|\d+[eE][-+]?\d+", re.DOTALL
 )
 
 
+class Kept:
+    """What the compiler had made by the time it failed; nothing is written unless it does."""
+
+    def __init__(self) -> None:
+        self.stages: list[tuple[int, str, Plan]] = []
+        self._graph: tuple[torch.fx.GraphModule, Mapping[str, str]] | None = None
+
+    def plan(self, number: int, name: str, plan: Plan) -> None:
+        """A plan, by number and the pass that made it."""
+        self.stages.append((number, name, plan))
+
+    def exported(self, program: ExportedProgram) -> None:
+        """The graph of PyTorch's, and what its inputs are called. Not the program, which would keep its weights."""
+        named = program.graph_signature
+        labels = {**named.inputs_to_parameters, **named.inputs_to_buffers, **named.inputs_to_lifted_tensor_constants}
+        self._graph = program.graph_module, labels
+
+    def files(self) -> Iterator[tuple[str, Callable[[], str]]]:
+        """Names, and functions that give the contents."""
+        if self._graph is not None:
+            graph, labels = self._graph
+            yield "exported.txt", lambda: _graph_text(graph, labels)
+        for number, name, plan in self.stages:
+            yield f"{number:02}_{name}.txt", plan.__str__
+
+
 @contextmanager
-def reported(options: Mapping[str, Any]) -> Iterator[Keep]:
+def reported(options: Mapping[str, Any]) -> Iterator[Kept]:
     """Errors that the user can mend pass through; any other becomes CompilerBug, and leaves a folder.
 
-    Yields the function that remembers a plan by number and the pass that made it.
+    Yields what is told of the graph and of every plan that the compiler makes.
     """
-    stages: list[tuple[int, str, Plan]] = []
+    kept = Kept()
     try:
-        yield lambda number, name, plan: stages.append((number, name, plan))
+        yield kept
     except (TacitError, MemoryError):
         raise
     except Exception as error:
-        folder = _write(error, stages, options)
+        folder = _write(error, kept, options)
         last = traceback.extract_tb(error.__traceback__)[-1]
-        after = f" after {stages[-1][1]}" if stages else " before the first pass"
+        after = f" after {kept.stages[-1][1]}" if kept.stages else " before the first pass"
         raise CompilerBug(
             f"the compiler itself failed{after}: {type(error).__name__} in {Path(last.filename).name}:{last.lineno}."
-            f" That is a mistake in Tacit, not in the model. {folder} holds the environment, the graph after every pass"
-            " and the traceback, without weights or inputs: please attach it to a report. The graphs show the"
-            " architecture, so look at them first."
+            f" That is a mistake in Tacit, not in the model. {folder} holds the environment, the exported graph, the"
+            " plan after every pass and the traceback, without weights or inputs: please attach it to a report. The"
+            " graphs show the architecture, so look at them first."
         ) from error
 
 
-def _write(error: Exception, stages: list[tuple[int, str, Plan]], options: Mapping[str, Any]) -> Path:
+def _write(error: Exception, kept: Kept, options: Mapping[str, Any]) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="tacit-bug-"))  # mode 0700
-    (folder / "environment.txt").write_text(_environment(options))
-    (folder / "traceback.txt").write_text(_traceback(error))
-    for number, name, plan in stages:
-        (folder / f"{number:02}_{name}.txt").write_text(_text(plan))
+    files: list[tuple[str, Callable[[], str]]] = [
+        ("environment.txt", lambda: _environment(options)),
+        ("traceback.txt", lambda: _traceback(error)),
+        *kept.files(),
+    ]
+    for name, content in files:
+        with os.fdopen(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
+            out.write(_text(content))
     return folder
 
 
-def _text(plan: Plan) -> str:
+def _text(content: Callable[[], str]) -> str:
     try:
-        return str(plan)
-    except Exception as error:  # a plan that cannot be printed may be what is wrong
-        return f"this plan of {len(plan.nodes)} lines cannot be printed: {type(error).__name__}\n"
+        return content()
+    except Exception as error:  # what cannot be printed may be what is wrong
+        return f"it cannot be printed: {type(error).__name__}\n"
+
+
+def _graph_text(module: torch.fx.GraphModule, labels: Mapping[str, str]) -> str:
+    """Every call with the shape of its result, its module and source line; of tensors nothing, of numbers integers."""
+    parts = []
+    for path, graph in module.named_modules():
+        if isinstance(graph, torch.fx.GraphModule):
+            head = [f"subgraph {path}"] if path else []
+            parts.append("\n".join([*head, *(_node_text(node, labels) for node in graph.graph.nodes), ""]))
+    return "\n".join(parts)
+
+
+def _node_text(node: torch.fx.Node, labels: Mapping[str, str]) -> str:
+    """One call. Fractions may be a layer's parameters that PyTorch wrote into the graph: they are left out."""
+    value = node.meta.get("val")
+    results = value if isinstance(value, (list, tuple)) else [value]
+    types = [
+        f"{x.dtype}[{', '.join(map(str, x.shape))}]" if isinstance(x, torch.Tensor) else type(x).__name__
+        for x in results
+        if x is not None
+    ]
+    called = _FRACTIONS.sub("#", f"{node.target}{node.args}{node.kwargs or ''}")
+    about = (labels.get(node.name, ""), module_path(node) and f"@{module_path(node)}", source_line(node))
+    head = f"%{node.name}" + (f" : {', '.join(types)}" if types else "")
+    return "  ".join(filter(None, (f"{head} = {node.op} {called}", *about)))
 
 
 def _environment(options: Mapping[str, Any]) -> str:

@@ -69,7 +69,7 @@ def bench_command(
         with clear_errors():
             from tacit.plots import plot_bench, require_matplotlib, sweep
 
-            require_matplotlib()
+            require_matplotlib(plot)
             plot_bench(sweep(model, most=batch, protocol=protocol, reveal=reveal, runs=runs), plot)
         typer.echo(f"written   {plot}")
         return
@@ -111,7 +111,7 @@ def bench_peers_command(
         if plot is not None:
             from tacit.plots import plot_peers, require_matplotlib
 
-            require_matplotlib()
+            require_matplotlib(plot)
         rows = compare(
             [name.strip() for name in models.split(",")],
             batches=batches,

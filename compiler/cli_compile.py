@@ -213,6 +213,10 @@ def diff_command(
     """Float against fixed point, layer by layer: errors, ranges, headroom; the first layer over the tolerance."""
     with clear_errors():
         arrays = [read_array(path) for path in inputs]
+        if plot is not None:
+            from tacit.plots import plot_diff, require_matplotlib
+
+            require_matplotlib(plot)
         found = compare_layers(
             load_model(model),
             *arrays,
@@ -222,8 +226,6 @@ def diff_command(
             calibration=tuple(arrays) if calibrated else None,
         )
         if plot is not None:
-            from tacit.plots import plot_diff
-
             plot_diff(found, plot)
     typer.echo(json.dumps(dataclasses.asdict(found)) if as_json else diff_text(found))
 

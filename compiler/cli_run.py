@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
+from torch.utils._pytree import tree_map
 
 from tacit.cli_shared import (
     AsJson,
@@ -18,7 +21,8 @@ from tacit.cli_shared import (
     save_answer,
     totals_text,
 )
-from tacit.secure import Secure, load
+from tacit.runtime.session import Run
+from tacit.secure import Secure, check_inputs, load
 
 
 def register(app: typer.Typer) -> None:
@@ -40,35 +44,48 @@ def run(
     trace: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write what each party did when, for ui.perfetto.dev.")
     ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            "--batch", "-n", min=1, help="Run in batches of this size, each dealt while the one before is online."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Encrypted inference among three virtual parties in this process."""
     with clear_errors():
         secure = load(folder)
         arrays = [read_array(path) for path in [*inputs, *([targets] if targets else [])]]
-        if check and trace is not None:
-            raise Failure("--check and --trace are two runs: give one of them")
-        if trace is not None:
-            answer = secure.trace(*arrays, trace)
+        if sum((check, trace is not None, batch is not None)) > 1:
+            raise Failure("--check, --trace and --batch are runs of their own: give one of them")
+        if batch is not None:
+            answer, runs = _in_batches(secure, arrays, batch)
+        elif trace is not None:
+            answer, runs = secure.trace(*arrays, trace), [secure.last_run]
         else:
-            answer = secure.check(*arrays) if check else secure(*arrays)
+            answer, runs = secure.check(*arrays) if check else secure(*arrays), [secure.last_run]
         if output is not None:
             save_answer(output, answer)
-    _print_run(secure, answer, output, check, as_json)
+    _print_run(secure, answer, [run for run in runs if run is not None], output, check, as_json)
 
 
-def _print_run(secure: Secure, answer: Any, output: Path | None, checked: bool, as_json: bool) -> None:
-    measured, session = secure.last_run, secure.session()
-    assert measured is not None
-    figures = {
-        "batch": measured.batch,
-        "rounds": measured.rounds,
-        "online_bytes": measured.online_bytes,
-        "offline_bytes": measured.offline_bytes,
-        "session_bytes": session.weight_meter.bytes,
-        "online_seconds": measured.online_seconds,
-        "offline_seconds": measured.offline_seconds,
-    }
+def _in_batches(secure: Secure, arrays: Sequence[torch.Tensor], size: int) -> tuple[Any, list[Run | None]]:
+    """All answers as one, and what every batch measured; inputs that do not fit are refused before the first."""
+    check_inputs(secure.plan, tuple(arrays))
+    answers, runs = [], []
+    for answer in secure.stream(list(zip(*(torch.split(x, size) for x in arrays), strict=True))):
+        answers.append(answer)
+        runs.append(secure.last_run)
+    join = sum if secure.plan.reveal == "correct" else torch.cat
+    return tree_map(lambda *parts: None if parts[0] is None else join(parts), *answers), runs
+
+
+def _print_run(
+    secure: Secure, answer: Any, runs: Sequence[Run], output: Path | None, checked: bool, as_json: bool
+) -> None:
+    added = ("batch", "rounds", "online_bytes", "offline_bytes", "online_seconds", "offline_seconds")
+    figures = {key: sum(getattr(run, key) for run in runs) for key in added}
+    figures["session_bytes"] = secure.session().weight_meter.bytes
     if as_json:
         told: dict[str, Any] = {"answer": answer_object(answer)} if output is None else {"output": str(output)}
         typer.echo(json.dumps(told | {"checked": checked} | figures))
@@ -77,4 +94,5 @@ def _print_run(secure: Secure, answer: Any, output: Path | None, checked: bool, 
     if checked:
         typer.echo("checked   every line equals the clear oracle, bit for bit")
     typer.echo(totals_text(figures))
-    typer.echo(f"seconds   {measured.online_seconds:.4f} online, {measured.offline_seconds:.4f} offline")
+    several = f", the sums of {len(runs)} batches" if len(runs) > 1 else ""
+    typer.echo(f"seconds   {figures['online_seconds']:.4f} online, {figures['offline_seconds']:.4f} offline{several}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,9 @@ from tacit.driver import Model, prepare
 from tacit.ir.op import Level
 from tacit.ir.ops.roles import Input, Weight
 from tacit.ir.plan import Node, Plan
+from tacit.ir.view.layers import headroom as room
 from tacit.passes import stages
-from tacit.passes.bound import WIDEST
+from tacit.progress import waiting
 from tacit.runtime.overflow import headroom, limit, magnitude
 from tacit.runtime.reference import interpret
 from tacit.secure import Secure
@@ -58,6 +59,11 @@ def diff(model: Model, *inputs: Any, tolerance: float = TOLERANCE, **options: An
     The options are those of `tacit.compile`. Each layer of the simplified model (batch norms folded) stands beside the
     line that its value became. Raises CompileError and InputError.
     """
+    with waiting("comparing with float"):
+        return _diff(model, inputs, tolerance, options)
+
+
+def _diff(model: Model, inputs: tuple[Any, ...], tolerance: float, options: Mapping[str, Any]) -> Diff:
     draft = prepare(model, inputs if len(inputs) > 1 else inputs[0], **options)
     float_plan, final = draft, draft
     for _, found in stages(draft):
@@ -112,7 +118,7 @@ def text(found: Diff) -> str:
             f"{row.mean_error:.2e}",
             f"{row.largest_value:.4g}",
             f"+-{row.reach:.4g}",
-            "OVERFLOW" if row.overflowed else f"{row.headroom} bits",
+            "OVERFLOW" if row.overflowed else f"{row.headroom} bit{'' if row.headroom == 1 else 's'}",
         ]
         for row in found.layers
     ]
@@ -125,13 +131,23 @@ def text(found: Diff) -> str:
 
 
 def ranges_text(plan: Plan) -> str:
-    """Every line of a plan with the range that it states, and the bits that are left above it."""
-    rows = [["line", "op", "range", "bits", "left", "module"]]
+    """Every line of a plan with the range that it states, and the bits that are left above it in its ring."""
+    rows = [["line", "op", "range", "bits", "ring", "left", "module"]]
     for node in plan.nodes:
         if node.type.kind == "secret":
             reach, width = limit(node) / 2.0**node.type.frac, node.type.width
-            rows.append([f"%{node.name}", node.op.name, f"+-{reach:.4g}", str(width), str(WIDEST - width), node.path])
-    return "\n".join([*aligned(rows, numbers=range(2, 5)), f"ranges={plan.ranges}"])
+            rows.append(
+                [
+                    f"%{node.name}",
+                    node.op.name,
+                    f"+-{reach:.4g}",
+                    str(width),
+                    str(node.type.ring),
+                    str(room(node)),
+                    node.path,
+                ]
+            )
+    return "\n".join([*aligned(rows, numbers=range(2, 6)), f"ranges={plan.ranges}"])
 
 
 def aligned(rows: Sequence[Sequence[str]], *, numbers: range) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -74,9 +74,16 @@ def compile(
         "name": name,
     }
     begin = time.perf_counter()
-    with waiting("compiling"), reported(options | {"calibrated": calibration is not None}) as keep:
-        draft = prepare(model, example_inputs, calibration=calibration, input_range=input_range, **options)
-        draft = run_pipeline(draft, keep)
+    with waiting("compiling"), reported(options | {"calibrated": calibration is not None}) as kept:
+        draft = prepare(
+            model,
+            example_inputs,
+            calibration=calibration,
+            input_range=input_range,
+            exported=kept.exported,
+            **options,
+        )
+        draft = run_pipeline(draft, kept.plan)
     log.info("compiled %s: %d lines, %.2f s", draft.plan.name, len(draft.plan.nodes), time.perf_counter() - begin)
     kinds = [x.dtype for x in leaves(example_inputs) if x.is_floating_point()]
     return Secure(draft.plan, draft.weights, kinds[0] if kinds else torch.float32)
@@ -93,8 +100,12 @@ def prepare(
     frac_bits: int | None = None,
     max_error: float | None = None,
     name: str | None = None,
+    exported: Callable[[ExportedProgram], None] = lambda program: None,
 ) -> Draft:
-    """What the passes start from: the captured model, with everything they need to know."""
+    """What the passes start from: the captured model, with everything they need to know.
+
+    `exported` is shown the graph before it is captured.
+    """
     if reveal not in REVEALS:
         raise CompileError(f"reveal has to be one of {', '.join(REVEALS)}, not {reveal!r}")
     if protocol not in SUITES:
@@ -109,6 +120,7 @@ def prepare(
     examples = _as_tuple(arguments, "example_inputs")
     ranges = _ranges(input_range, examples)
     program = export(model, arguments)
+    exported(program)
     capture = Capture(program, ranges)
     plan = capture.run(name or _name_of(model), reveal)
     _require_fit(plan, examples, "example_inputs")

@@ -26,19 +26,20 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#
 _MARKERS = "osD^vPX"
 
 
-def require_matplotlib() -> Any:
-    """matplotlib's figure; raises InputError with the remedy where it is missing."""
+def require_matplotlib(file: Path | None = None) -> Any:
+    """matplotlib's figure; raises InputError with the remedy where it is missing, or cannot write such a file."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("plots need matplotlib: pip install 'tacit[plot]'") from None
+    known = Figure().canvas.get_supported_filetypes()
+    if file is not None and file.suffix.lstrip(".").lower() not in known:
+        raise InputError(f"{file} has to end in one of .{', .'.join(sorted(known))}")
     return Figure
 
 
 def _save(figure: Any, file: Path) -> None:
-    known = figure.canvas.get_supported_filetypes()
-    if file.suffix.lstrip(".").lower() not in known:
-        raise InputError(f"{file} has to end in one of .{', .'.join(sorted(known))}")
+    require_matplotlib(file)
     figure.savefig(file, dpi=160)
 
 
@@ -76,7 +77,6 @@ def plot_bench(rows: Sequence[Measured], file: Path) -> None:
     times = [1e3 * row.plaintext_s / row.batch for row in plain]
     left.plot([r.batch for r in plain], times, color="#777777", linestyle="--", label="plaintext float32")
     _logarithmic(left, sorted({row.batch for row in rows}))
-    left.legend(frameon=False)
     name = f"{rows[0].model}, {rows[0].protocol} protocol, reveal {rows[0].reveal}"
     _style(left, name, "batch", "ms per image, offline and online")
     last = [max((row for row in rows if row.network == network), key=lambda row: row.batch) for network in networks]
@@ -86,8 +86,12 @@ def plot_bench(rows: Sequence[Measured], file: Path) -> None:
     for i, row in enumerate(last):
         right.annotate(time_text(row.total_s), (i, offline[i] + online[i]), ha="center", va="bottom")
     right.margins(y=0.12)
-    right.legend(frameon=False)
+    right.grid(False, axis="x")
     _style(right, f"batch {last[0].batch}, {last[0].rounds} rounds", "network", "ms per batch")
+    handles, labels = (
+        a + b for a, b in zip(*(axes.get_legend_handles_labels() for axes in (left, right)), strict=True)
+    )
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     _save(figure, file)
 
 
@@ -115,29 +119,33 @@ def _logarithmic(axes: Any, batches: Sequence[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(batches, [str(b) for b in batches])
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.minorticks_off()
 
 
 def plot_diff(found: Diff, file: Path) -> None:
-    """A strip for the largest and for the mean error, a cell for each layer; the tolerance parts the colours."""
-    figure = require_matplotlib()(figsize=(max(6.0, 1.8 + 0.34 * len(found.layers)), 3.4), layout="constrained")
+    """A row for each layer, first on top, its largest and its mean error; the tolerance parts the colours."""
+    labels = [f"{row.module}  {row.op}".strip() for row in found.layers]
+    size = (4.4 + 0.075 * max(map(len, labels)), max(3.4, 1.1 + 0.24 * len(labels)))
+    figure = require_matplotlib()(figsize=size, layout="constrained")
     axes = figure.subplots()
     floor = found.tolerance * 2.0**-12
-    errors = np.array([[r.largest_error for r in found.layers], [r.mean_error for r in found.layers]])
+    errors = np.array([[r.largest_error, r.mean_error] for r in found.layers])
     shade = np.log2(np.maximum(errors, floor) / found.tolerance)
     image = axes.imshow(shade, aspect="auto", cmap="RdBu_r", vmin=-12, vmax=12)
-    axes.set_yticks([0, 1], ["largest", "mean"])
-    labels = [row.module or row.op for row in found.layers]
-    axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+    axes.set_xticks([0, 1], ["largest", "mean"])
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
     for i, row in enumerate(found.layers):
         if row.overflowed or row.largest_error > found.tolerance:
-            axes.annotate("!", (i, 0), ha="center", va="center", fontweight="bold")
-    bar = figure.colorbar(image, ax=axes, ticks=[-12, -6, 0, 6, 12], pad=0.02)
-    bar.ax.set_yticklabels([r"$\leq$ tolerance / 4096", "/ 64", f"tolerance, {found.tolerance:.2g}", "x 64", "x 4096"])
-    axes.set_title(f"error by layer, {found.frac_bits} fractional bits, ranges {found.ranges}", loc="left", fontsize=11)
-    axes.set_xticks(np.arange(len(labels)) - 0.5, minor=True)
-    axes.tick_params(which="minor", length=0)
+            axes.annotate("!", (0, i), ha="center", va="center", fontweight="bold")
+    bar = figure.colorbar(image, ax=axes, ticks=[-12, -6, 0, 6, 12], pad=0.02, shrink=min(1.0, 4.0 / size[1]))
+    bar.ax.set_yticklabels(["tolerance / 4096", "/ 64", f"tolerance, {found.tolerance:.2g}", "x 64", "x 4096"])
+    figure.suptitle(f"error by layer, {found.frac_bits} fractional bits, ranges {found.ranges}", fontsize=11)
+    axes.set_xticks([0.5], minor=True)
+    axes.set_yticks(np.arange(len(labels)) - 0.5, minor=True)
+    axes.tick_params(which="both", length=0)
     axes.grid(which="minor", color="white", linewidth=1.5)
+    axes.spines[:].set_visible(False)
     _save(figure, file)
 
 

@@ -6,13 +6,21 @@ import logging
 import os
 import sys
 import threading
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 T = TypeVar("T")
 log = logging.getLogger("tacit")
@@ -23,45 +31,56 @@ _showing = threading.Lock()  # one display at a time: what waits inside a wait i
 @contextmanager
 def waiting(label: str) -> Iterator[None]:
     """A spinner that appears after a second and is gone at the end."""
-    if not sys.stderr.isatty() or not _showing.acquire(blocking=False):
+    with _display(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as shown:
+        if shown is not None:
+            shown.add_task(label)
         yield
+
+
+def track(items: Iterable[T], label: str, *, total: int | None = None) -> Iterator[T]:
+    """The items one by one; a bar appears as soon as they have taken a second. `total` where they have no length."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with _display(*columns) as shown:
+        if shown is None:
+            yield from items
+            return
+        task = shown.add_task(label, total=len(items) if isinstance(items, Sized) else total)
+        for item in items:
+            yield item
+            shown.advance(task)
+
+
+@contextmanager
+def _display(*columns: ProgressColumn) -> Iterator[Progress | None]:
+    """What is shown from a second on; None where nobody would see it, or something else is shown already."""
+    if not sys.stderr.isatty() or not _showing.acquire(blocking=False):
+        yield None
         return
-    status = Console(stderr=True).status(label, refresh_per_second=5)
+    # What is printed meanwhile goes above the display, unless it goes into a file: there it has to stay.
+    shown = Progress(
+        *columns,
+        console=Console(stderr=True),
+        transient=True,
+        refresh_per_second=5,
+        redirect_stdout=sys.stdout.isatty(),
+    )
     turn, over = threading.Lock(), threading.Event()
 
     def appear() -> None:
         with turn:
             if not over.is_set():
-                status.start()
+                shown.start()
 
     timer = threading.Timer(_PATIENCE, appear)
     timer.daemon = True
     timer.start()
     try:
-        yield
+        yield shown
     finally:
         timer.cancel()
         with turn:
             over.set()
-            status.stop()
-        _showing.release()
-
-
-def track(items: Sequence[T], label: str) -> Iterable[T]:
-    """The items one by one; a bar appears as soon as they have taken a second."""
-    if not sys.stderr.isatty() or not _showing.acquire(blocking=False):
-        yield from items
-        return
-    bar = Progress(console=Console(stderr=True), transient=True, refresh_per_second=5)
-    task, begin = bar.add_task(label, total=len(items)), time.monotonic()
-    try:
-        for item in items:
-            yield item
-            bar.advance(task)
-            if time.monotonic() - begin > _PATIENCE:
-                bar.start()
-    finally:
-        bar.stop()
+            shown.stop()
         _showing.release()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from tacit.ir.errors import InputError, PlanError, WeightsError
 from tacit.ir.ops.outputs import Pack
 from tacit.ir.ops.roles import Input, Weight
 from tacit.ir.plan import Node, Plan
-from tacit.progress import log, waiting
+from tacit.progress import log, track, waiting
 from tacit.runtime import ring
 from tacit.runtime.channel import LinkModel
 from tacit.runtime.overflow import interpret_checked
@@ -60,7 +60,10 @@ class Secure:
         With `check`, raises RangeError at the first line of which a value leaves the range that the plan states.
         """
         run = interpret_checked if check else interpret
-        return self._decoded(run(self.plan, self._weights, self._checked(inputs))[self.plan.result])
+        checked = self._checked(inputs)
+        with waiting("the clear oracle"):
+            values = run(self.plan, self._weights, checked)
+        return self._decoded(values[self.plan.result])
 
     def check(self, *inputs: Any) -> Any:
         """A secure run compared with the oracle under the same public truncation offsets, bit for bit at every line.
@@ -70,8 +73,9 @@ class Secure:
         """
         answer, trace = self._run(inputs, trace=True)
         assert trace is not None
-        clear = interpret(self.plan, self._weights, self._checked(inputs), trace.offsets)
-        compare(self.plan, trace.values, clear)
+        with waiting("the clear oracle"):
+            clear = interpret(self.plan, self._weights, self._checked(inputs), trace.offsets)
+            compare(self.plan, trace.values, clear)
         return self._decoded(answer)
 
     def _run(self, inputs: tuple[Any, ...], *, trace: bool) -> tuple[Tensor, Trace | None]:
@@ -97,8 +101,9 @@ class Secure:
         Raises InputError at the first item that does not fit, before anything of it is shared.
         """
         session, finished = self.session(), False
+        count = len(batches) if isinstance(batches, Sized) else None
         try:
-            for answer, run in session.stream(self._encoded(batches)):
+            for answer, run in track(session.stream(self._encoded(batches)), "encrypted inference", total=count):
                 self.last_run = run
                 yield self._decoded(answer)
             finished = True
@@ -123,7 +128,8 @@ class Secure:
         encoded = encode_inputs(self.plan, self._checked(tuple(arguments)))
         session = self.session()
         try:
-            answer, self.last_run = traced(session, encoded, len(next(iter(encoded.values()))), file)
+            with waiting("encrypted inference, traced"):
+                answer, self.last_run = traced(session, encoded, len(next(iter(encoded.values()))), file)
         except BaseException:
             self._session = None  # a failed session is not used again
             session.close()
@@ -154,9 +160,10 @@ class Secure:
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         (target / PLAN_FILE).write_text(str(self.plan))
-        metadata = {"plan": self.plan.digest, "sha256": _fingerprint(self._weights), "dtype": str(self._dtype)}
-        content = save_tensors({k: v.contiguous() for k, v in self._weights.items()}, metadata)
-        _write_private(target / WEIGHTS_FILE, content)
+        with waiting("writing the weights"):
+            metadata = {"plan": self.plan.digest, "sha256": _fingerprint(self._weights), "dtype": str(self._dtype)}
+            content = save_tensors({k: v.contiguous() for k, v in self._weights.items()}, metadata)
+            _write_private(target / WEIGHTS_FILE, content)
 
 
 def read_plan(path: Path) -> Plan:
@@ -169,7 +176,11 @@ def read_plan(path: Path) -> Plan:
 
 def load(folder: str | os.PathLike[str]) -> Secure:
     """What `Secure.save` wrote; raises PlanError or WeightsError where a file was changed or does not belong."""
-    source = Path(folder)
+    with waiting("reading the weights"):
+        return _loaded(Path(folder))
+
+
+def _loaded(source: Path) -> Secure:
     plan = read_plan(source / PLAN_FILE)
     path = source / WEIGHTS_FILE
     try:

@@ -12,6 +12,7 @@ import torch
 
 from tacit.driver import compile as compile_model
 from tacit.ir.errors import CompileError
+from tacit.progress import waiting
 from tacit.secure import Secure
 from tacit.vision import import_torchvision
 
@@ -67,6 +68,11 @@ def build(name: str) -> tuple[torch.nn.Module, Tensor]:
 
 def compile_one(name: str) -> tuple[Row, Secure | None]:
     """Compile a model by ranges measured on one image."""
+    with waiting(f"compiling {name}"):
+        return _compiled(name)
+
+
+def _compiled(name: str) -> tuple[Row, Secure | None]:
     model, image = build(name)
     parameters = sum(p.numel() for p in model.parameters())
     begin = time.perf_counter()

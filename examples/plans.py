@@ -28,7 +28,7 @@ def main() -> None:
     for row in plan.layers(batch=100):  # or pandas.DataFrame(plan.layers(batch=100))
         if row["rounds"]:
             when = f"rounds {row['start']:>2} to {row['end']:>2}"
-            print(f"  {row['layer']:<6} {row['ops']:<12} {when}  {row['online_bytes']:>9,} bytes")
+            print(f"  {row['layer']:<5} {row['ops']:<14} {when}  {row['online_bytes']:>9,} bytes")
 
     print("\nThe longest chain of rounds:")
     graph = plan.to_networkx()
@@ -41,7 +41,7 @@ def main() -> None:
 
     print("\nWhat P2 sees, and what the plan discloses:")
     statement = leakage(plan)
-    for line in (*statement.views[2].sees, *statement.disclosed[:4]):
+    for line in (*(seen.what for seen in statement.views[2].statements), *statement.disclosed[:4]):
         print(f"  - {line}")
 
     print("\nWhat the textbook protocol costs instead:")

@@ -18,6 +18,7 @@ import torch
 
 from tacit.ir.cost import P0, P1, P2, Cost, Link, Randomness, in_sequence
 from tacit.ir.errors import PlanError
+from tacit.ir.seen import Sights, of_randomness, together
 from tacit.ir.types import DTYPES, RING_BITS, Batch, Dim, Shape, Type
 
 if TYPE_CHECKING:
@@ -67,6 +68,10 @@ class Subprotocol:
         """Rounds and online bytes; the offline bytes follow from `randomness`."""
         raise NotImplementedError
 
+    def seen(self) -> Sights:
+        """What each role is sent online, and why that tells it nothing; of what is dealt, `randomness` tells."""
+        return {}
+
     def deal(self, party: Party) -> Material:
         """Offline: what this party draws from its streams, receives from P2, or deals as P2."""
         return {}
@@ -80,6 +85,10 @@ class Subprotocol:
         for item in self.randomness():
             offline += item.offline
         return self.cost() + Cost(offline=offline)
+
+    def all_seen(self) -> Sights:
+        """Online and offline."""
+        return together(self.seen(), of_randomness(self.randomness()))
 
 
 @dataclass(frozen=True)
@@ -103,8 +112,8 @@ class Op:
     roles: ClassVar[tuple[int, ...]] = (P0, P1, P2)
     # The rings, in bits, that all operands and the result may live in: one and the same ring, unless `changes_ring`.
     rings: ClassVar[tuple[int, ...]] = (RING_BITS,)
-    # For the leakage statement: what P2 is sent online beyond blinded comparisons, and why that tells it nothing.
-    seen_by_dealer: ClassVar[tuple[str, str] | None] = None
+    # For the leakage statement: what the client learns where the result of this op is what is revealed.
+    answer: ClassVar[str] = "what the model returns for each of its inputs"
     registry: ClassVar[dict[str, type[Op]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -130,6 +139,14 @@ class Op:
     def parts(self, *args: Any) -> tuple[Subprotocol, ...]:
         """The subprotocols that one execution runs, one after the other; none for a local op."""
         return ()
+
+    def seen(self, *args: Type) -> Sights:
+        """What each role is sent, and why that tells it nothing: what the parts say."""
+        return together(*(part.all_seen() for part in self.parts(*args)))
+
+    def discloses(self) -> str:
+        """What the attributes make public beyond themselves, for the leakage statement; "" for nothing."""
+        return ""
 
     def randomness(self, *args: Type) -> tuple[Randomness, ...]:
         return tuple(item for part in self.parts(*args) for item in part.randomness())

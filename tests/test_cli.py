@@ -276,6 +276,25 @@ def test_a_run_counts_correct_answers(place: Path, tmp_path: Path) -> None:
     assert told("run", place / "correct", place / "x.npy", "--targets", place / "targets.npy")["answer"] == expected
 
 
+def test_a_run_in_batches_gives_one_answer(place: Path, tmp_path: Path) -> None:
+    found = told("run", place / "logits", place / "x.npy", "--batch", 3)
+    np.testing.assert_allclose(found["answer"], plain(place), atol=2**-8)
+    plan = tacit.load(place / "logits").plan
+    parts = [plan.cost(batch=3), plan.cost(batch=len(X) - 3)]
+    assert (found["batch"], found["rounds"]) == (len(X), sum(cost.rounds for cost in parts))
+    assert found["online_bytes"] == sum(cost.online_bytes for cost in parts)
+    assert "the sums of 2 batches" in succeeds("run", place / "logits", place / "x.npy", "-n", 3)
+    expected = int((plain(place).argmax(1) == CLASSES).sum())
+    hits = told("run", place / "correct", place / "x.npy", "--targets", place / "targets.npy", "--batch", 1)
+    assert hits["answer"] == expected
+    np.save(tmp_path / "bad.npy", np.concatenate([X, 9 * X]))
+    assert "outside the range" in fails("run", place / "logits", tmp_path / "bad.npy", "--batch", 2)
+    np.save(tmp_path / "fewer.npy", CLASSES[:3])
+    message = fails("run", place / "correct", place / "x.npy", "--targets", tmp_path / "fewer.npy", "--batch", 2)
+    assert "differ in batch size" in message
+    assert "give one of them" in fails("run", place / "logits", place / "x.npy", "--batch", 2, "--check")
+
+
 @pytest.mark.parametrize("layout", [">f4", "<f8", "fortran"])
 def test_arrays_of_any_layout_are_read(place: Path, tmp_path: Path, layout: str) -> None:
     np.save(tmp_path / "x.npy", np.asfortranarray(X) if layout == "fortran" else X.astype(layout))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 from html import escape, unescape
@@ -14,15 +15,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from harness import params
 from PIL import Image
 from test_cli import succeeds
 from torch import nn
 
 import tacit
 from tacit import networks
-from tacit.ir.cost import P2, ROLES
+from tacit.ir.cost import CLIENT, P0, P1, P2, ROLES
+from tacit.ir.op import Level, Sample
 from tacit.ir.plan import Plan
-from tacit.ir.view.leakage import leakage
+from tacit.ir.seen import of_randomness
+from tacit.ir.view.leakage import Leakage, leakage
 from tacit.ir.view.page import help_of, page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -56,7 +60,7 @@ class Elements(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.found.append((tag, dict(attrs)))
-        if tag not in ("meta", "rect", "path"):
+        if tag not in ("meta", "rect", "path", "wbr"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -125,22 +129,25 @@ def test_the_statement_lists_every_byte_that_each_role_is_sent(protocol: str) ->
     plan = plan_of("mlp", protocol)
     cost = plan.cost()
     views = {view.role: view for view in leakage(plan).views}
-    assert tuple(views) == ROLES
+    assert tuple(views) == (*ROLES, "network")
     for phase in ("online", "offline", "session"):
         sent = cost._links(phase)
         for rank, role in enumerate(ROLES):
             declared = sum(r.size for r in views[role].received if r.phase == phase)
             assert declared == sum(size for (_, target), size in sent.items() if target == rank)
+        passing = sum(r.size for r in views["network"].received if r.phase == phase)
+        assert passing == sum(sent.values())
     assert not views["owner"].received
-    assert all(view.sees and view.because for view in views.values())
+    assert all(view.statements for view in views.values())
 
 
 def test_the_statement_follows_the_plan() -> None:
     straight, compares = leakage(plan_of("linear", reveal="logits")), leakage(plan_of("mlp"))
-    dealer = {name: found.views[2] for name, found in (("linear", straight), ("mlp", compares))}
+    dealer = {name: found.views[P2] for name, found in (("linear", straight), ("mlp", compares))}
     assert not [r for r in dealer["linear"].received if r.phase == "online"]
-    assert any("no message while an inference runs" in line for line in dealer["linear"].because)
-    assert any("Blinded comparison vectors" in line for line in dealer["mlp"].sees)
+    assert any("no message while an inference runs" in s.why for s in dealer["linear"].statements)
+    assert not any("no message while" in s.why for s in dealer["mlp"].statements)
+    assert by(compares, P2, "Blinded comparison vectors") == ("relu", "argmax_by_rank")
     assert any("windows of 2 lines" in line for line in compares.disclosed)
     assert not any("windows" in line for line in straight.disclosed)
     assert any("0 to 1" in line for line in compares.disclosed)
@@ -241,7 +248,60 @@ def luminance(picture: Path) -> torch.Tensor:
         return torch.from_numpy(np.array(image.convert("L"), dtype=np.float32)) / 255
 
 
-def test_the_statement_names_ranks_that_p2_is_sent() -> None:
-    sees = {reveal: leakage(plan_of("mlp", reveal=reveal)).views[P2].sees for reveal in ("argmax", "logits")}
-    assert "ranks" in " ".join(sees["argmax"])
-    assert "ranks" not in " ".join(sees["logits"])
+def by(found: Leakage, rank: int, words: str) -> tuple[str, ...]:
+    """The ops that cause what a role sees, by words of that statement; nothing where it is not stated."""
+    return tuple(op for s in found.views[rank].statements if words in s.what for op in s.ops)
+
+
+@pytest.mark.parametrize(**params(Level.PROTOCOL))
+def test_nobody_is_sent_a_byte_of_which_nothing_is_said(sample: Sample) -> None:
+    """And nothing is said of what is not sent. What P0 holds without a message is said of every plan."""
+    for part in sample.op.parts(*(t.at(2) for t in sample.args)):
+        for sent, said in (
+            (part.cost().online, part.seen()),
+            (sum((item.offline for item in part.randomness()), Counter()), of_randomness(part.randomness())),
+        ):
+            assert {target for _, target in sent} == set(said), type(part).__name__
+        assert all(s.what.endswith(".") and s.why.endswith(".") for found in part.all_seen().values() for s in found)
+
+
+def test_each_statement_comes_from_the_ops_that_cause_it() -> None:
+    reveals = {reveal: leakage(plan_of("mlp", reveal=reveal)) for reveal in ("argmax", "logits", "correct")}
+    assert {name: by(found, P2, "ranks of the classes") for name, found in reveals.items()} == {
+        "argmax": ("argmax_by_rank",),
+        "logits": (),
+        "correct": ("argmax_by_rank",),
+    }
+    assert by(reveals["logits"], P2, "Blinded comparison vectors") == ("relu",)
+    assert "equal" in by(reveals["correct"], P2, "Blinded comparison vectors")
+    assert by(reveals["argmax"], CLIENT, "the class of each") == ("argmax_by_rank", "reveal")
+    assert by(reveals["correct"], CLIENT, "one sum over its whole batch") == ("sum_batch", "reveal")
+    assert by(reveals["correct"], CLIENT, "Its own inputs (x, targets)") == ("input",)
+    assert by(reveals["logits"], CLIENT, "what the model returns") == ("add", "reveal")
+    textbook = leakage(plan_of("mlp", "securenn"))
+    assert by(textbook, P2, "ShareConvert") == ("securenn.relu", "securenn.argmax")
+    assert by(textbook, P0, "From P2, the bits with which comparisons end") == ()
+    assert by(reveals["logits"], P0, "Corrections") == () != by(reveals["logits"], P1, "Corrections")
+
+
+class Several(nn.Module):
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"gelu": nn.functional.gelu(x), "softmax": x.softmax(1)}
+
+
+def test_splines_and_several_results_are_stated() -> None:
+    found = leakage(tacit.compile(Several().eval(), torch.rand(2, 5), input_range=(-1, 1)).plan)
+    assert by(found, P2, "comparisons of one value with all knots") == ("spline",)
+    assert by(found, CLIENT, "all results of the model") == ("pack", "reveal")
+    assert (
+        sum(line.startswith("The ranges over which functions of one number are fitted") for line in found.disclosed)
+        == 1
+    )
+    assert not any("fitted" in line for line in leakage(plan_of("mlp")).disclosed)
+
+
+def test_a_plan_that_needs_no_dealer_says_so() -> None:
+    found = leakage(tacit.compile(nn.Flatten().eval(), torch.rand(2, 5, 2), input_range=(-1, 1)).plan)
+    (only,) = found.views[P2].statements
+    assert "needs no dealt randomness" in only.what
+    assert not found.views[P2].received

@@ -17,6 +17,7 @@ from tacit.driver import compile as compile_model
 from tacit.ir.errors import CompileError
 from tacit.peers import INTERPRETERS
 from tacit.peers.launch import NotInstalled, PeerError, run_peer
+from tacit.progress import waiting
 
 Tensor = torch.Tensor
 Array = np.ndarray[Any, Any]
@@ -181,7 +182,8 @@ def _peer(
     }
     arrays = {"x": x.numpy(), **{name: value.numpy() for name, value in plain.state_dict().items()}}
     try:
-        found = run_peer(python, system.peer, job, arrays, processes=system.processes, deadline_s=deadline_s)
+        with waiting(f"measuring {system.name}: {model}, batch {len(x)}"):
+            found = run_peer(python, system.peer, job, arrays, processes=system.processes, deadline_s=deadline_s)
     except NotInstalled as error:
         return replace(row, problem=f"not installed ({error}): `make peers`, or --{system.peer} PYTHON")
     except PeerError as error:

@@ -68,7 +68,7 @@ class FixedChoose(Op):
 
 @dataclass(frozen=True)
 class Positive(FixedPositive):
-    """DReLU in three rounds: see `comparison.Select`."""
+    """1 where x >= 0, else 0, in three rounds: one opening, one PrivateCompare, one bit (`comparison.Select`)."""
 
     name = "positive"
     levels = _PROTOCOL
@@ -93,7 +93,7 @@ class Positive(FixedPositive):
 
 @dataclass(frozen=True)
 class Choose(FixedChoose):
-    """A selection whose payload is the value: three rounds."""
+    """The value where x >= 0, else 0, in three rounds: x and the value are opened behind masks, x alone is compared."""
 
     name = "choose"
     levels = _PROTOCOL

@@ -35,6 +35,7 @@ from tacit.ir.cost import (
 )
 from tacit.ir.digits import Digits
 from tacit.ir.op import Material, Program, Round, Spec, Subprotocol, expect
+from tacit.ir.seen import ANSWERED, COMPARED, OPENED, ROUNDED, Sights, together
 from tacit.ir.types import RING_BITS, Shape, Type
 
 if TYPE_CHECKING:
@@ -70,6 +71,9 @@ class Truncate(Subprotocol):
     def cost(self) -> Cost:
         size = ring_bytes(self.ring, self.shape)
         return Cost(1, links(p0_p1=size, p1_p0=size))
+
+    def seen(self) -> Sights:
+        return together(OPENED, ROUNDED)
 
     def deal(self, party: Party) -> Material:
         r = party.mask("r", self.shape, bits=self.ring)
@@ -162,6 +166,9 @@ class Select(Subprotocol):
         blinded = prime_field(self.digits.p).wire_bytes((self.digits.positions, self.n))
         answer = packed_bits(self.n)
         return Cost(3, links(p0_p1=opened, p1_p0=opened, p0_p2=blinded, p1_p2=blinded, p2_p0=answer, p2_p1=answer))
+
+    def seen(self) -> Sights:
+        return together(OPENED, ROUNDED if self.drop else {}, COMPARED, ANSWERED)
 
     def deal(self, party: Party) -> Material:
         at_p2, shape, target = party.rank == P2, self.shape, self.target

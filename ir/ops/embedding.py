@@ -16,6 +16,7 @@ from tacit.ir.ops.linear import FixedLinear
 from tacit.ir.ops.model import ModelOp
 from tacit.ir.ops.roles import Input
 from tacit.ir.ranges import Interval
+from tacit.ir.seen import OPENED, Sights
 from tacit.ir.types import Batch, Shape, Type, bits_for
 
 if TYPE_CHECKING:
@@ -53,6 +54,9 @@ class Rotate(Subprotocol):
     def cost(self) -> Cost:
         size = RING_BYTES * self.n
         return Cost(1, links(p0_p1=size, p1_p0=size))
+
+    def seen(self) -> Sights:
+        return OPENED
 
     def deal(self, party: Party) -> Material:
         r = party.mask("r", self.shape)

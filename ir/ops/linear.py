@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from tacit.ir.cost import DEALT, P2, PRF, Cost, Randomness, links, ring_bytes, small_ring
 from tacit.ir.op import Level, Material, Op, Program, Sample, Subprotocol, expect, expect_kind
 from tacit.ir.ranges import Interval
+from tacit.ir.seen import OPENED, Sights
 from tacit.ir.types import DTYPES, RING_BITS, Batch, Shape, Type, broadcast
 from tacit.ir.windows import inside, output_size
 
@@ -196,6 +197,9 @@ class Triple(Subprotocol):
     def cost(self) -> Cost:
         size = ring_bytes(self.ring, self.x_shape)
         return Cost(1, links(p0_p1=size, p1_p0=size))
+
+    def seen(self) -> Sights:
+        return OPENED
 
     def deal(self, party: Party) -> Material:
         a = party.mask("triple a", self.x_shape, bits=self.ring)

@@ -282,6 +282,10 @@ class SumBatch(LocalOp):
     """The sum over the batch, as a tensor of one element. The batch is taken to be below 2^31."""
 
     name = "sum_batch"
+    answer = (
+        "one sum over its whole batch, such as how many inputs are of the class it expected, and nothing on any single "
+        "one (unless the batch is but one)"
+    )
 
     def infer(self, x: Type) -> Type:
         expect_kind("secret", x)

@@ -97,7 +97,7 @@ class FixedReLU(Op):
 
 @dataclass(frozen=True)
 class ReLU(FixedReLU):
-    """DReLU and selection in three rounds, the truncation fused: see `comparison.Select`."""
+    """max(x, 0), truncation fused, in three rounds: one opening, one PrivateCompare, one bit (`comparison.Select`)."""
 
     name = "relu"
     levels = _PROTOCOL
@@ -295,6 +295,7 @@ class FixedArgmax(Op):
 
     name = "fixed.argmax"
     levels = _FIXED
+    answer = "the class of each of its inputs, and no logits"
 
     def infer(self, x: Type) -> Type:
         expect_kind("secret", x)

@@ -33,6 +33,7 @@ class Pack(Layer, LocalOp):
 
     name = "pack"
     levels = frozenset(Level)
+    answer = "all results of the model for each of its inputs"
 
     tree: str
 

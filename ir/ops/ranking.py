@@ -18,6 +18,7 @@ from tacit.ir.cost import BYTE, COMMON, P0, P1, P2, PRF, RING, Cost, Randomness,
 from tacit.ir.op import Level, Material, Program, Round, Spec, Subprotocol, expect
 from tacit.ir.ops.comparison import Select, check_window
 from tacit.ir.ops.nonlinear import FixedArgmax
+from tacit.ir.seen import Seen, Sights
 from tacit.ir.types import DTYPES, RING_BITS, Type
 
 if TYPE_CHECKING:
@@ -51,6 +52,17 @@ class LargestRank(Subprotocol):
     def cost(self) -> Cost:
         ranks = self.n * self.classes
         return Cost(2, links(p0_p2=ranks, p1_p2=ranks, p2_p1=ring_bytes(self.ring, (ranks,))))
+
+    def seen(self) -> Sights:
+        ranks = Seen(
+            "The ranks of the classes of an argmax, in an order that P0 and P1 drew.",
+            "Ranks are the numbers from 0 on, each once, and their order is uniform: it says nothing of the classes.",
+        )
+        largest = Seen(
+            "From P2, its share of where the largest rank stands in that order.",
+            "P0's share is a stream that only P0 and P2 have; P1 is sent the rest, which is uniform.",
+        )
+        return {P2: (ranks,), P1: (largest,)}
 
     def deal(self, party: Party) -> Material:
         shape = (self.n, self.classes)
@@ -90,10 +102,6 @@ class ArgmaxByRank(FixedArgmax):
     name = "argmax_by_rank"
     levels = frozenset({Level.PROTOCOL})
     rings = tuple(DTYPES)
-    seen_by_dealer = (
-        "The ranks of the classes of an argmax, in an order that P0 and P1 drew.",
-        "Ranks are the numbers from 0 on, each once, and their order is uniform: it says nothing about the classes.",
-    )
 
     window: int = RING_BITS
 

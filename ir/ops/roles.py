@@ -10,6 +10,7 @@ import torch
 from tacit.ir.cost import CLIENT, COMMON, OWNER, P0, P1, P2, PRF, ROLES, Cost, Randomness, links, ring_bytes, small_ring
 from tacit.ir.op import Level, Material, Op, Program, Round, Sample, Spec, Subprotocol, expect, expect_kind
 from tacit.ir.ranges import Interval
+from tacit.ir.seen import Seen, Sights, to_both
 from tacit.ir.types import DTYPES, RING_BITS, Batch, Shape, Type, bits_for
 
 if TYPE_CHECKING:
@@ -30,6 +31,11 @@ class Sharing(Subprotocol):
     def cost(self) -> Cost:
         size = ring_bytes(self.ring, self.shape)
         return Cost(1, links(**{f"{ROLES[self.owner]}_p1": size}))
+
+    def seen(self) -> Sights:
+        role = ROLES[self.owner]
+        what = f"Its share of what the {role} shares."
+        return {P1: (Seen(what, f"It is the value minus a stream that only P0 and the {role} have: uniform."),)}
 
     def run(self, party: Party, material: Material, *values: Any) -> Program:
         dtype = DTYPES[self.ring]
@@ -71,6 +77,9 @@ class Input(Op):
         need = bits_for(self.low * scale, self.high * scale)
         expect(declared.width >= need, f"values in [{self.low}, {self.high}] need {need} bits, found {declared}")
         return declared
+
+    def discloses(self) -> str:
+        return f"The range of input {self.label}: {self.low:g} to {self.high:g}."
 
     def parts(self, declared: Type) -> tuple[Subprotocol, ...]:
         return (Sharing(CLIENT, declared.dims, declared.ring),)
@@ -124,6 +133,14 @@ class OpenMasked(Subprotocol):
     def cost(self) -> Cost:
         size = ring_bytes(self.ring, self.shape)
         return Cost(1, links(p0_p1=size, p1_p0=size))
+
+    def seen(self) -> Sights:
+        return to_both(
+            Seen(
+                "Weights minus a mask, opened once per session.",
+                "P2 draws a mask for each weight, uniform in the whole ring, and it never hides another weight.",
+            )
+        )
 
     def deal(self, party: Party) -> Material:
         return {"b": party.mask("weight mask", self.shape, bits=self.ring)}
@@ -183,6 +200,17 @@ class RevealTo(Subprotocol):
     def cost(self) -> Cost:
         size = ring_bytes(self.ring, self.shape)
         return Cost(1, links(p0_client=size, p1_client=size))
+
+    def seen(self) -> Sights:
+        return {
+            CLIENT: (
+                Seen(
+                    "Both shares of the answer.",
+                    "They are refreshed by a common random value before they are sent, so they say no more than their "
+                    "sum.",
+                ),
+            )
+        }
 
     def deal(self, party: Party) -> Material:
         words, dtype = small_ring(self.ring), DTYPES[self.ring]

@@ -21,6 +21,7 @@ from tacit.ir.op import Level, Material, Program, Round, Sample, Spec, Subprotoc
 from tacit.ir.ops.comparison import blind, blinding_of, digits_of, find_zero
 from tacit.ir.ops.linear import FixedConv2d, FixedLinear, FixedMul, Product
 from tacit.ir.ops.nonlinear import FixedArgmax, FixedEqual, FixedMaxPool2d, FixedReLU
+from tacit.ir.seen import COMPARED, FRESH_SHARES, OPENED, Seen, Sights, together
 from tacit.ir.types import Batch, Shape, Type
 
 if TYPE_CHECKING:
@@ -54,6 +55,9 @@ class Multiply(Subprotocol):
     def cost(self) -> Cost:
         size = RING_BYTES * (math.prod(self.x_shape) + math.prod(self.w_shape))
         return Cost(1, links(p0_p1=size, p1_p0=size))
+
+    def seen(self) -> Sights:
+        return OPENED
 
     def deal(self, party: Party) -> Material:
         a, b = party.mask("triple a", self.x_shape), party.mask("triple b", self.w_shape)
@@ -92,6 +96,13 @@ class ShareConvert(Subprotocol):
     def cost(self) -> Cost:
         ring, bits = RING_BYTES * self.n, _BITS * self.n
         return Cost(4, links(p0_p2=ring + bits, p1_p2=ring + bits, p2_p0=bits + 2 * ring, p2_p1=bits + 2 * ring))
+
+    def seen(self) -> Sights:
+        hidden = Seen(
+            "Shares of values plus a mask, of which it shares out bits and carries (ShareConvert).",
+            "P0 and P1 draw the mask and its shares: what it is sent is uniform, and so is their sum.",
+        )
+        return together({P2: (hidden,)}, COMPARED, FRESH_SHARES)
 
     def deal(self, party: Party) -> Material:
         n = (self.n,)
@@ -180,6 +191,9 @@ class ComputeMSB(Subprotocol):
         ring, blinded = RING_BYTES * self.n, _BITS * self.n
         own = Cost(3, links(p0_p1=ring, p1_p0=ring, p0_p2=blinded, p1_p2=blinded, p2_p0=ring, p2_p1=ring))
         return own + self._product.cost()
+
+    def seen(self) -> Sights:
+        return together(OPENED, COMPARED, FRESH_SHARES, self._product.seen())
 
     def deal(self, party: Party) -> Material:
         n, at_p2 = (self.n,), party.rank == P2
@@ -344,6 +358,9 @@ class _MaxOfTwo(Subprotocol):
 
     def cost(self) -> Cost:
         return self._product.cost()
+
+    def seen(self) -> Sights:
+        return self._product.seen()
 
     def deal(self, party: Party) -> Material:
         return self._product.deal(party)

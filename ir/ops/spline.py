@@ -30,6 +30,7 @@ from tacit.ir.op import Level, Material, Op, Program, Round, Sample, Spec, Subpr
 from tacit.ir.ops import securenn
 from tacit.ir.ops.comparison import TRUNCATION_WIDTH, Truncate, blind, blinding_of, check_window, digits_of
 from tacit.ir.ranges import Interval
+from tacit.ir.seen import ANSWERED, OPENED, ROUNDED, Seen, Sights, together
 from tacit.ir.splines import Spline, fit, wrapped
 from tacit.ir.types import RING_BITS, Batch, Shape, Type
 
@@ -80,6 +81,15 @@ class Piecewise(Subprotocol):
         blinded = self.knots * prime_field(self.digits.p).wire_bytes((self.digits.positions, self.n))
         answer = packed_bits(self.knots * self.n)
         return Cost(3, links(p0_p1=opened, p1_p0=opened, p0_p2=blinded, p1_p2=blinded, p2_p0=answer, p2_p1=answer))
+
+    def seen(self) -> Sights:
+        vectors = Seen(
+            "Blinded vectors of the comparisons of one value with all knots of a function.",
+            "Factors, refresh, shift and flip are drawn afresh for every knot: P2 learns one fair bit for each, "
+            "independent of the value and of one another.",
+        )
+        rounded = ROUNDED if self.spline.drop else {}
+        return together(OPENED, rounded, {P2: (vectors,)}, ANSWERED) if self.knots else OPENED
 
     def deal(self, party: Party) -> Material:
         at_p2, degree, n = party.rank == P2, self.spline.degree, self.n
@@ -242,6 +252,9 @@ class FixedSpline(Op):
         expect(0 <= self.frac <= self.scale, f"a scale of {self.scale} bits cannot be truncated to {self.frac}")
         return x.with_(frac=self.frac, width=TRUNCATION_WIDTH - (self.scale - self.frac) + 1)
 
+    def discloses(self) -> str:
+        return "The ranges over which functions of one number are fitted: those that their operands can have."
+
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         offset = oracle.offset(args[0], self.drop) if self.drop and self.knots else torch.tensor(0)
         y, excess = self.spline.at(args[0], offset), self.scale - self.frac
@@ -281,7 +294,10 @@ _SAMPLES = (("gelu", (), 17, 2.0**-8), ("hardswish", (), 16, 2.0**-10), ("intege
 
 @dataclass(frozen=True)
 class SplineOnShares(FixedSpline):
-    """See `Piecewise`; then the dealer's truncation."""
+    """A function of one number as polynomials between knots, in three rounds however many; then a truncation.
+
+    x is compared with all knots at once (`Piecewise`).
+    """
 
     name = "spline"
     levels = _PROTOCOL

@@ -8,8 +8,8 @@ from typing import Any
 from tacit.ir.plan import Node, NodeCost, Plan
 from tacit.ir.types import RING_BITS, shape_text
 
-# Two bits below the ring's width are taken by differences and truncations.
-_ROOM = 2
+# In Z_2^64, values leave two bits to differences and truncations; what lives in a smaller ring was found to fit it.
+_ROOM = {RING_BITS: 2}
 
 
 def layer_of(node: Node) -> str:
@@ -18,8 +18,8 @@ def layer_of(node: Node) -> str:
 
 
 def headroom(node: Node) -> int:
-    """How often the value of a line could double before it left what the protocols take."""
-    return RING_BITS - _ROOM - node.type.width
+    """How often the value of a line could double before it left what the protocols take in its ring."""
+    return max(0, node.type.ring - _ROOM.get(node.type.ring, 0) - node.type.width)
 
 
 def layers(plan: Plan, *, batch: int = 1, seconds: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
@@ -28,7 +28,7 @@ def layers(plan: Plan, *, batch: int = 1, seconds: Mapping[str, float] | None = 
     layer: the module, or %line where there is none. ops, lines: what it became. shape, frac_bits, width: of its last
     line. start, end: the first and last round in which it is active, 0 for none; rounds: how many its lines take.
     online_bytes, offline_bytes: of all parties for one inference of the batch; session_bytes: once per session.
-    headroom: the fewest doublings left on any of its lines. seconds: only where given by line.
+    headroom: the fewest doublings left, within its ring, on any of its lines. seconds: only where given by line.
     """
     costs = {row.name: row for row in plan.cost(batch=batch).per_op}
     grouped: dict[str, list[Node]] = {}
@@ -65,7 +65,7 @@ def _row(
         "online_bytes": sum(r.cost.online_bytes for r in found),
         "offline_bytes": sum(r.cost.offline_bytes for r in found),
         "session_bytes": sum(costs[node.name].total_bytes for node in nodes if node.op.session),
-        "headroom": min((headroom(node) for node in nodes if node.type.kind == "secret"), default=RING_BITS - _ROOM),
+        "headroom": min((headroom(node) for node in nodes if node.type.kind == "secret"), default=RING_BITS),
     }
     if seconds is not None:
         row["seconds"] = sum(seconds.get(node.name, 0.0) for node in nodes)

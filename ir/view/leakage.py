@@ -1,20 +1,24 @@
 """The leakage statement of a plan: who sees what, why that tells nothing, what is public, under which assumptions.
 
-What each party is sent is read off the plan's own costs, which a test holds against the wire; the reasons are those
-that the subprotocols state, and the suite measures (views are uniform, published attacks fail).
+What each party is sent is read off the plan's own costs, which a test holds against the wire. What that is, and why it
+tells nothing, the subprotocols of each op state (`Subprotocol.seen`); a test holds that none is sent a byte of which
+nothing is said. The suite measures the rest: views are uniform, published attacks fail.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tacit.ir.cost import CLIENT, OWNER, P0, P1, P2, ROLES
+from tacit.ir.cost import CLIENT, OWNER, P0, P1, P2, ROLES, Link, Randomness
 from tacit.ir.op import Level
-from tacit.ir.ops.roles import Input, Weight
-from tacit.ir.plan import Plan
+from tacit.ir.ops.roles import Input, Reveal, Weight
+from tacit.ir.plan import Node, Plan
+from tacit.ir.seen import Seen
 
 PHASES = ("session", "offline", "online")
+NETWORK = "network"
 
 
 @dataclass(frozen=True)
@@ -28,13 +32,21 @@ class Received:
 
 
 @dataclass(frozen=True)
+class Statement:
+    """Something that a role sees, why it tells nothing more, and the ops that cause it (none: every plan has it)."""
+
+    what: str
+    why: str
+    ops: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class View:
-    """One party or role: messages it is sent, sentences on what they are, and why it learns nothing more."""
+    """One party or role, or whoever watches the links: messages, and what they are."""
 
     role: str
     received: tuple[Received, ...]
-    sees: tuple[str, ...]
-    because: tuple[str, ...]
+    statements: tuple[Statement, ...]
 
 
 @dataclass(frozen=True)
@@ -46,109 +58,123 @@ class Leakage:
     assumptions: tuple[str, ...]
 
 
-_ANSWERS = {
-    "logits": "the logits of each of its inputs",
-    "argmax": "the class of each of its inputs, and no logits",
-    "correct": "how many inputs of its batch are of the class it expected, and nothing on any single one",
-}
-
-
 def leakage(plan: Plan) -> Leakage:
     """The statement for a plan of the protocol level."""
     if plan.level is not Level.PROTOCOL:
         raise ValueError("only a plan of the protocol level says who sees what")
-    received = {rank: _received(plan, rank) for rank in range(len(ROLES))}
-    compares = any(r.phase == "online" for r in received[P2])
-    views = (
-        *(_server(plan, rank, received[rank], compares) for rank in (P0, P1)),
-        _dealer(plan, received[P2]),
-        _client(plan, received[CLIENT]),
+    caused: dict[tuple[int, Seen], dict[str, None]] = {}
+    for node in plan.nodes:
+        for rank, statements in node.op.seen(*(t.at(1) for t in plan.arg_types(node))).items():
+            for seen in statements:
+                caused.setdefault((rank, seen), {})[node.op.name] = None
+    messages = _messages(plan)
+    received = {rank: tuple(_received(messages, rank)) for rank in range(len(ROLES))}
+    own = {P0: _server, P1: _server, P2: _dealer, CLIENT: _client, OWNER: _owner}
+    views = [
         View(
-            ROLES[OWNER],
-            tuple(received[OWNER]),
-            ("Its own weights; it shares them once per session and then takes no part.",),
-            ("No party sends it anything: it learns neither inputs nor answers.",),
-        ),
-    )
-    return Leakage(views, _disclosed(plan), _assumptions(plan))
+            role,
+            received[rank],
+            (
+                *own[rank](plan, rank, received[rank]),
+                *(Statement(seen.what, seen.why, tuple(ops)) for (to, seen), ops in caused.items() if to == rank),
+            ),
+        )
+        for rank, role in enumerate(ROLES)
+    ]
+    return Leakage((*views, _network(plan, messages)), _disclosed(plan), _assumptions(plan))
 
 
-def _received(plan: Plan, rank: int) -> list[Received]:
-    """By phase and sender, for a batch of 1."""
-    sizes: Counter[tuple[str, int]] = Counter()
-    ops: dict[tuple[str, int], dict[str, None]] = {}
+_Messages = list[tuple[str, Link, int, tuple[str, ...]]]
+
+
+def _messages(plan: Plan) -> _Messages:
+    """Phase, link, bytes for a batch of 1, and the ops that send them; by phase and link."""
+    sizes: Counter[tuple[str, Link]] = Counter()
+    ops: dict[tuple[str, Link], dict[str, None]] = {}
     for row in plan.cost().per_op:
         for phase, traffic in (("online", row.cost.online), ("offline", row.cost.offline)):
-            for (source, target), size in traffic.items():
-                if target == rank and size:
-                    key = ("session" if row.session else phase, source)
+            for link, size in traffic.items():
+                if size:
+                    key = ("session" if row.session else phase, link)
                     sizes[key] += size
                     ops.setdefault(key, {})[row.op] = None
     order = sorted(sizes, key=lambda key: (PHASES.index(key[0]), key[1]))
-    return [Received(phase, ROLES[source], sizes[phase, source], tuple(ops[phase, source])) for phase, source in order]
+    return [(phase, link, sizes[phase, link], tuple(ops[phase, link])) for phase, link in order]
 
 
-def _server(plan: Plan, rank: int, received: list[Received], compares: bool) -> View:
+def _received(messages: _Messages, rank: int) -> Iterator[Received]:
+    for phase, (source, target), size, ops in messages:
+        if target == rank:
+            yield Received(phase, ROLES[source], size, ops)
+
+
+def _server(plan: Plan, rank: int, received: tuple[Received, ...]) -> tuple[Statement, ...]:
     peer = ROLES[P1 if rank == P0 else P0]
-    sees = [
-        "One additive share of every weight, input and value in between, uniform in the ring of its line.",
-        f"Values that it opens with {peer}: each is a secret plus a mask drawn by P2 for this value alone.",
-    ]
-    because = [
-        "A single share is uniform and independent of the value; the other one stays with " + peer + ".",
-        "A mask is uniform in the whole ring and used once, so the opened sum is uniform whatever the secret is.",
-    ]
-    if rank == P1:
-        sees.append("Corrections from P2, which make dealt shares fit together.")
-        because.append("A correction is a value minus a stream that only P0 and P2 have: again uniform.")
-    if compares and plan.protocol == "fused":
-        sees.append("From P2, the bits with which comparisons end.")
-        because.append("Each of these bits is hidden by a random bit that P2 dealt and neither server knows.")
-    elif compares:
-        sees.append("From P2, fresh shares of what comparisons find.")
-        because.append("P2 draws them anew: one of them alone is uniform.")
-    return View(ROLES[rank], tuple(received), tuple(sees), tuple(because))
+    return (
+        Statement(
+            "One additive share of every weight, input and value in between, uniform in the ring of its line.",
+            f"A single share is uniform and independent of the value; the other one stays with {peer}.",
+        ),
+    )
 
 
-def _dealer(plan: Plan, received: list[Received]) -> View:
-    sees = ["The masks and correlations that it draws itself, from streams that it shares with P0 and with P1."]
-    because = [
-        "It is never sent an input, a weight, an answer, or anything that P0 and P1 open to one another.",
-    ]
+def _dealer(plan: Plan, rank: int, received: tuple[Received, ...]) -> tuple[Statement, ...]:
+    drawing = [node for node in plan.nodes if any(P2 in item.holders for item in _randomness(plan, node))]
+    if not drawing:
+        return (Statement("Nothing: this plan needs no dealt randomness.", "It is sent nothing, and sends nothing."),)
+    why = (
+        "They are random, and nobody sends it an input, a weight or an answer, nor what P0 and P1 open to one another."
+    )
     if not any(r.phase == "online" for r in received):
-        because.append("This plan sends it no message while an inference runs: it deals, and that is all.")
-    elif plan.protocol == "fused":
-        sees.append(
-            "Blinded comparison vectors: for each comparison, one zero or none at some place, the rest uniform."
-        )
-        because.append(
-            "P0 and P1 refresh the shares that P2 dealt, multiply every entry by a fresh uniform factor, rotate "
-            "by a fresh "
-            "uniform shift and flip the question by a fresh fair bit: P2 learns one fair bit, independent of the value."
-        )
-    else:
-        sees.append(
-            "The messages of the comparisons of this suite (PrivateCompare, and share conversions in SecureNN)."
-        )
-        because.append(
-            "Each is either uniform in its ring under a mask that P2 does not know, or a blinded, shuffled vector that "
-            "says one fair bit (SecureNN, Wagh, Gupta and Chandran, PETS 2019)."
-        )
-    for view in dict.fromkeys(node.op.seen_by_dealer for node in plan.nodes if node.op.seen_by_dealer):
-        sees.append(view[0])
-        because.append(view[1])
-    return View(ROLES[P2], tuple(received), tuple(sees), tuple(because))
+        why += " This plan sends it no message while an inference runs: it deals, and that is all."
+    ops = tuple(dict.fromkeys(node.op.name for node in drawing))
+    return (
+        Statement(
+            "The masks and correlations that it draws itself, from streams that it shares with P0 and with P1.",
+            why,
+            ops,
+        ),
+    )
 
 
-def _client(plan: Plan, received: list[Received]) -> View:
-    answer = _ANSWERS.get(plan.reveal, f"what reveal={plan.reveal} opens")
+def _randomness(plan: Plan, node: Node) -> tuple[Randomness, ...]:
+    return node.op.randomness(*(t.at(1) for t in plan.arg_types(node)))
+
+
+def _client(plan: Plan, rank: int, received: tuple[Received, ...]) -> tuple[Statement, ...]:
+    labels = [node.op.label for node in plan.nodes if isinstance(node.op, Input) and node.op.owner == ROLES[CLIENT]]
+    answers = [plan.node(node.args[0]) for node in plan.nodes if isinstance(node.op, Reveal)]
+    return (
+        Statement(f"Its own inputs ({', '.join(labels)}).", "It knows them.", (Input.name,)),
+        *(
+            Statement(
+                f"The answer, %{node.name}: {node.op.answer}.",
+                "That is what this plan is for; it was agreed upon as "
+                f"reveal={plan.reveal}, and nobody else learns it.",
+                (node.op.name, Reveal.name),
+            )
+            for node in answers
+        ),
+    )
+
+
+def _owner(plan: Plan, rank: int, received: tuple[Received, ...]) -> tuple[Statement, ...]:
+    why = "It shares them once per session and then takes no part"
+    told = "." if received else ". No party sends it anything: it learns neither inputs nor answers."
+    return (Statement("Its own weights.", why + told, (Weight.name,)),)
+
+
+def _network(plan: Plan, messages: _Messages) -> View:
+    """Whoever watches all links between separate hosts."""
     return View(
-        ROLES[CLIENT],
-        tuple(received),
-        (f"Its own inputs, and the answer: {answer}.", f"Shares of %{plan.result} from P0 and P1."),
+        NETWORK,
+        tuple(Received(phase, f"{ROLES[a]} to {ROLES[b]}", size, ops) for phase, (a, b), size, ops in messages),
         (
-            "The shares are refreshed by a common random value before they are sent, so they say no more than "
-            "their sum.",
+            Statement(
+                "Who talks to whom and when, and the number and size of messages, all encrypted (TLS 1.3).",
+                f"{plan.schedule.rounds} rounds and their bytes follow from the plan and the batch alone, never from a "
+                "value: they tell that an inference runs, of which plan, and of how many inputs.",
+            ),
         ),
     )
 
@@ -158,7 +184,6 @@ def _disclosed(plan: Plan) -> tuple[str, ...]:
     scales = sorted({node.type.frac for node in plan.nodes if node.type.kind == "secret"})
     windows = [int(node.op.window) for node in online if getattr(node.op, "window", 0)]  # type: ignore[attr-defined]
     weights = [node for node in plan.nodes if isinstance(node.op, Weight)]
-    inputs = [node.op for node in plan.nodes if isinstance(node.op, Input)]
     out = [
         f"The architecture: {len(online)} lines, which op each of them is, its attributes, and every shape.",
         f"The names of {len({n.path for n in plan.nodes if n.path})} modules and {len(weights)} weights as "
@@ -172,7 +197,7 @@ def _disclosed(plan: Plan) -> tuple[str, ...]:
             f"The windows of {len(windows)} lines of comparisons, {min(windows)} to {max(windows)} bits: from the "
             f"same widths."
         )
-    out += [f"The range of input {op.label}: {op.low:g} to {op.high:g}." for op in inputs]
+    out += dict.fromkeys(node.op.discloses() for node in plan.nodes if node.op.discloses())
     out += [
         f"What is opened (reveal={plan.reveal}), the protocol suite ({plan.protocol}), how ranges were found "
         f"({plan.ranges}).",

@@ -15,9 +15,10 @@ from tacit.ir.cost import P0, P1, P2
 from tacit.ir.op import Op
 from tacit.ir.plan import Plan, PlanCost
 from tacit.ir.predict import Prediction
+from tacit.ir.types import RING_BITS
 from tacit.ir.view.drawing import svg
 from tacit.ir.view.layers import headroom, layer_of, layers
-from tacit.ir.view.leakage import View, leakage
+from tacit.ir.view.leakage import NETWORK, View, leakage
 
 # No address is ever fetched: the page says so itself, and the browser enforces it.
 _POLICY = (
@@ -132,6 +133,7 @@ _ROLES = {
     "P2": "dealer and helper",
     "client": "brings inputs, learns the answer",
     "owner": "brings the weights",
+    "network": "whoever watches the links between hosts",
 }
 
 
@@ -139,8 +141,8 @@ def _leakage(plan: Plan) -> str:
     found = leakage(plan)
     claim = (
         "<p class=claim>No party learns an input, a weight or a value in between; the client alone learns the answer. "
-        "Below: what each of them is sent, why that tells nothing, what the plan itself makes public, and what "
-        "has to hold.</p>"
+        "Below: what each of them sees, why that tells nothing more, which ops cause it, what the plan itself makes "
+        "public, and what has to hold.</p>"
     )
     cards = "".join(_view(view) for view in found.views)
     lists = "".join(
@@ -157,15 +159,21 @@ def _view(view: View) -> str:
         for r in view.received
     )
     table = (
-        f"<details><summary>Messages it is sent, at a batch of 1</summary><table><thead><tr><th>phase</th><th>from</th>"
+        f"<details><summary>Messages {'that pass' if view.role == NETWORK else 'it is sent'}, at a batch of 1"
+        f"</summary><table><thead><tr><th>phase</th><th>from</th>"
         f"<th class=n>size</th><th>by</th></tr></thead><tbody>{rows}</tbody></table></details>"
         if rows
         else "<p class=soft>It is sent no message.</p>"
     )
+    statements = "".join(
+        f"<li>{escape(s.what)}<p class=why>{escape(s.why)}</p>"
+        + (f"<p class=by>{escape(', '.join(s.ops))}</p>" if s.ops else "")
+        + "</li>"
+        for s in view.statements
+    )
     return (
-        f"<div class=card><h3>{view.role} <span>{_ROLES[view.role]}</span></h3><h4>Sees</h4><ul>"
-        f"{_items(view.sees)}</ul>"
-        f"<h4>Why that tells nothing more</h4><ul>{_items(view.because)}</ul>{table}</div>"
+        f"<div class=card><h3>{view.role} <span>{_ROLES[view.role]}</span></h3><ul class=sees>{statements}</ul>"
+        f"{table}</div>"
     )
 
 
@@ -217,7 +225,7 @@ def _layers(plan: Plan, batch: int, prediction: Prediction | None) -> str:
         )
         sent = row["online_bytes"] + row["offline_bytes"]
         cells = [
-            f"<td class='name mono'>{escape(row['layer'])}</td><td class=mono>{escape(row['ops'])}</td>"
+            f"<td class='name mono'>{_broken(row['layer'])}</td><td class=mono>{escape(row['ops'])}</td>"
             f"<td class=n>{escape(span)}</td>",
             _bar([("rounds", row["rounds"] / most_rounds)], str(row["rounds"]) if row["rounds"] else ""),
             _bar(
@@ -226,7 +234,8 @@ def _layers(plan: Plan, batch: int, prediction: Prediction | None) -> str:
             ),
         ]
         if prediction is not None:
-            cells.append(_bar([("time", row["seconds"] / longest)], time_text(row["seconds"])))
+            seconds = row["seconds"]
+            cells.append(_bar([("time", seconds / longest)], time_text(seconds) if seconds > 0.5e-6 else ""))
         out.append(
             f"<tr>{''.join(cells)}<td class=n>"
             f"{size_text(row['session_bytes']) if row['session_bytes'] else ''}</td></tr>"
@@ -246,6 +255,11 @@ def _layers(plan: Plan, batch: int, prediction: Prediction | None) -> str:
 def _bar(parts: list[tuple[str, float]], told: str) -> str:
     bars = "".join(f"<i class={key} style='width:{max(1, round(90 * part))}px'></i>" for key, part in parts if part > 0)
     return f"<td><div class=bar>{bars}<span>{escape(told)}</span></div></td>"
+
+
+def _broken(path: str) -> str:
+    """The path of a module, which may go on in a new line after each of its dots."""
+    return escape(path).replace(".", ".<wbr>")
 
 
 def _table(head: str, rows: list[str], label: str) -> str:
@@ -321,19 +335,20 @@ def _ranges(plan: Plan) -> str:
         left, width = headroom(node), node.type.width
         reach = 15 / 16 * 2.0 ** (width - 1 - node.type.frac)
         step = f"2<sup>&minus;{node.type.frac}</sup>" if node.type.frac else "1"
-        tight = " class=tight" if left < 8 else ""
+        ring = node.type.ring
+        tight = " class=tight" if left < 8 and ring == RING_BITS else ""  # what is in fewer bits was put there
         rows.append(
             f"<tr><td class=mono>%{escape(node.name)}</td><td class=mono>{escape(node.op.name)}</td><td "
             f"class='name mono'>"
-            f"{escape(layer_of(node) if node.path else '')}</td><td class=n>&plusmn;{reach:.4g}</td><td class=n>"
+            f"{_broken(layer_of(node) if node.path else '')}</td><td class=n>&plusmn;{reach:.4g}</td><td class=n>"
             f"{step}"
-            f"</td><td class=n>{width}</td><td><span class=head><i{tight} "
-            f"style='width:{100 * width / (width + left):.0f}%'></i></span>"
+            f"</td><td class=n>{width}</td><td class=n>{ring}</td><td><span class=head><i{tight} "
+            f"style='width:{100 * width / ring:.0f}%'></i></span>"
             f"</td><td class=n>{left}</td></tr>"
         )
     head = (
         "<th>line</th><th>op</th><th>module</th><th class=n>range</th><th class=n>step</th><th class=n>bits</th>"
-        "<th>of those there are</th><th class=n>headroom</th>"
+        "<th class=n>of the ring's</th><th></th><th class=n>headroom</th>"
     )
     how = (
         "proved from the input's range and the weights"
@@ -341,8 +356,8 @@ def _ranges(plan: Plan) -> str:
         else f"{plan.ranges.replace('_', ' ')}: measured"
     )
     intro = (
-        f"<p class=soft>Ranges are {escape(how)}. Headroom is how often a value could double before it left "
-        f"the ring.</p>"
+        f"<p class=soft>Ranges are {escape(how)}. Headroom is how often a value could double before it had to "
+        f"live in a larger ring, or in Z_2^64 would not fit.</p>"
     )
     return _section("ranges", intro, _table(head, rows, "Ranges and headroom"))
 
@@ -357,7 +372,7 @@ def _ops(plan: Plan) -> str:
 
 def help_of(name: str) -> str:
     """The docstring of an op, paragraphs joined into lines."""
-    text = inspect.getdoc(Op.registry[name]) or ""
+    text = (inspect.getdoc(Op.registry[name]) or "").replace("`", "")
     return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))
 
 
