@@ -1,7 +1,8 @@
-"""Flows: what has arrived, who goes on with it, and what is refused before its bytes are read."""
+"""Flows: what has arrived, who goes on with it, what is refused before its bytes are read; and the log."""
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 
@@ -11,8 +12,10 @@ import torch
 from tacit.ir.cost import CLIENT, P1, P2
 from tacit.ir.errors import PartyError
 from tacit.ir.op import Spec
+from tacit.runtime.net import metrics
 from tacit.runtime.net.flow import Flow
 from tacit.runtime.net.frames import FrameError, Phase
+from tacit.runtime.net.metrics import Log
 
 
 def waiting_flow(calls: list[str]) -> tuple[Flow, bool]:
@@ -49,3 +52,20 @@ def test_a_program_that_waits_is_told_of_a_failure_once_and_of_a_wrong_size_at_o
         flow.take(P1, Phase.ONLINE, 8)
     flow.fail(PartyError("later"))
     assert len(calls) == 1
+
+
+def test_a_flood_of_one_event_is_cut_short_and_counted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(metrics.time, "time", lambda: now[0])
+    log = Log("P0")
+    for _ in range(50):
+        log("refused", what="handshake")
+    log("stopped")
+    now[0] += 1
+    log("refused", what="handshake")
+    log("refused", what="handshake")
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [line["event"] for line in lines] == 20 * ["refused"] + ["stopped"] + 2 * ["refused"]
+    assert [line.get("suppressed") for line in lines[-2:]] == [30, None]

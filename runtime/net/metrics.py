@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 import time
+from collections import Counter as Counts
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
@@ -14,6 +16,7 @@ from tacit.ir.cost import ROLES
 from tacit.runtime.channel import Meter
 from tacit.runtime.net.frames import Phase
 
+_LINES = 20
 _BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 
 
@@ -67,14 +70,31 @@ class Metrics:
 
 
 class Log:
-    """Structured log: one JSON object a line on stderr. Only what is passed by name is written, and that is public."""
+    """Structured log: one JSON object a line on stderr. Only what is passed by name is written, and that is public.
+
+    No event is written more than `_LINES` times in a second, so that a flood of bad handshakes does not fill a disk.
+    The next line of that event says how many were `suppressed`. The counters count all of them.
+    """
 
     def __init__(self, role: str) -> None:
         self._role = role
+        self._lock = threading.Lock()
+        self._second: dict[str, tuple[int, int]] = {}  # by event: a second, and the lines in it
+        self._suppressed: Counts[str] = Counts()
         self._logger = logging.Logger(f"tacit.{role}", logging.INFO)
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(message)s"))
         self._logger.addHandler(handler)
 
     def __call__(self, event: str, **fields: str | int | float | bool) -> None:
-        self._logger.info(json.dumps({"time": round(time.time(), 3), "role": self._role, "event": event} | fields))
+        now = time.time()
+        with self._lock:
+            second, lines = self._second.get(event, (0, 0))
+            lines = lines if second == int(now) else 0
+            self._second[event] = int(now), lines + 1
+            if lines >= _LINES:
+                self._suppressed[event] += 1
+                return
+            if missed := self._suppressed.pop(event, 0):
+                fields["suppressed"] = missed
+        self._logger.info(json.dumps({"time": round(now, 3), "role": self._role, "event": event} | fields))
