@@ -15,7 +15,7 @@ import torch
 from tacit.ir.cost import CLIENT, P1, P2, ROLES
 from tacit.ir.errors import PartyError, ProtocolError, TacitError
 from tacit.runtime.net.deployment import Limits
-from tacit.runtime.net.flow import Book, Flow, FlowChannel, Payload, Replay, books, budget
+from tacit.runtime.net.flow import Book, Flow, FlowChannel, Payload, Replay, Send, books, budget
 from tacit.runtime.net.frames import FrameError, Phase
 from tacit.runtime.net.link import Link, mistake
 from tacit.runtime.net.lobby import Visit
@@ -29,6 +29,9 @@ _UNREAD = 1 << 17  # bytes that TCP takes in while nobody reads: half in the sen
 _REMEMBERED = 4096  # requests that have ended, whose late messages are dropped
 _PREPARED = 1024  # batches whose material P2 keeps in memory; others it deals again for itself
 _EXPANDED, _EXPANDED_BYTES = 16, 1 << 20  # P0 and P1 have that many batches of that size ready to use, in memory too
+
+
+Answer = tuple[Phase, int, Sequence[Tensor]]  # a message to the client, and its depth
 
 
 @dataclass
@@ -227,13 +230,13 @@ class Engine:
 
     # --- deals ---
 
-    def send_to(self, flow: Flow, visit: Visit | None = None) -> Callable[[int, Phase, int, Sequence[Tensor]], None]:
-        """Where the messages of a flow go."""
+    def send_to(self, flow: Flow, answers: list[Answer] | None = None) -> Send:
+        """Where the messages of a flow go. What is for the client is collected in `answers`."""
 
         def send(target: int, phase: Phase, depth: int, message: Sequence[Tensor]) -> None:
             if target == CLIENT:
-                assert visit is not None and visit.link is not None
-                visit.link.send(visit.number, phase, depth, message)
+                assert answers is not None
+                answers.append((phase, depth, message))
             elif (link := self.links.get(target)) is None:
                 raise PartyError(f"{ROLES[target]} is not connected")
             else:
@@ -326,7 +329,8 @@ class Engine:
         # From here on the batch is spent, whatever happens: nothing of it has been used so far.
         self.store.ledger.consume(session.nonce, job.batch_id, f"{job.batch}")
         self.announce(flow)
-        send = self.send_to(flow, job.visit)
+        answers: list[Answer] = []
+        send = self.send_to(flow, answers)
         material = self._material(job, flow, session, send)
         channel = FlowChannel(flow, self.rank, Phase.ONLINE, send)
         seat = session.seats.seat(channel, job.batch_id, job.batch, material=material, outside=job.seed)
@@ -337,11 +341,13 @@ class Engine:
         else:
             for _ in program:
                 pass
+        # Sent from here: a client that takes nothing keeps nobody waiting but its own request.
+        for answer in answers:
+            assert job.visit is not None and job.visit.link is not None
+            job.visit.link.send(job.visit.number, *answer)
         self.metrics.sent(Phase.ONLINE, channel.meter)
 
-    def _material(
-        self, job: Job, flow: Flow, session: Session, send: Callable[[int, Phase, int, Sequence[Tensor]], None]
-    ) -> Dealt:
+    def _material(self, job: Job, flow: Flow, session: Session, send: Send) -> Dealt:
         if not job.stored:
             channel = FlowChannel(flow, self.rank, Phase.OFFLINE, send)
             material = session.seats.deal(channel, job.batch_id, job.batch)
