@@ -85,6 +85,7 @@ def _print_run(
 ) -> None:
     added = ("batch", "rounds", "online_bytes", "offline_bytes", "online_seconds", "offline_seconds")
     figures = {key: sum(getattr(run, key) for run in runs) for key in added}
+    figures["batches"] = len(runs)
     figures["session_bytes"] = secure.session().weight_meter.bytes
     if as_json:
         told: dict[str, Any] = {"answer": answer_object(answer)} if output is None else {"output": str(output)}

@@ -112,10 +112,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: rang
     return "\n".join(aligned([header, *rows], numbers=numbers))
 
 
-def measured_times(path: Path) -> dict[str, float]:
-    """Seconds from what `tacit run --json` or `tacit bench --json` printed."""
+def measured_times(path: Path, batch: int) -> dict[str, float]:
+    """Seconds from what `tacit run --json` or `tacit bench --json` printed, for a batch of that size."""
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
+        if told["batch"] != batch or told.get("batches", 1) != 1:
+            raise Failure(f"{path} was measured with another batch than {batch}: give the size of its one with --batch")
         return {phase: float(told.get(f"{phase}_seconds", told.get(f"{phase}_s"))) for phase in ("offline", "online")}
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, KeyError):
         raise Failure(f"{path} is not what `tacit run --json` or `tacit bench --json` prints") from None

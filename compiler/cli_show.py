@@ -70,7 +70,7 @@ def show(
         found = read_plan_file(plan)
         if html is not None:
             prediction = found.predict(batch, network)
-            times = None if measured is None else measured_times(measured)
+            times = None if measured is None else measured_times(measured, batch)
             html.write_text(page(found, batch=batch, prediction=prediction, measured=times), encoding="utf-8")
             typer.echo(f"written   {html}")
             return

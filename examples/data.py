@@ -57,8 +57,10 @@ def _idx(path: Path, header: int) -> np.ndarray:
 
 
 def _sklearn() -> Digits:
-    from sklearn.datasets import load_digits
-
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise SystemExit("the examples need torchvision or scikit-learn: pip install 'tacit[examples]'") from None
     found = load_digits()
     small = torch.from_numpy(found.images.astype(np.float32) / 16).unsqueeze(1)
     images = torch.nn.functional.interpolate(small, size=(28, 28), mode="bilinear").clamp(0, 1)

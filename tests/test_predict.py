@@ -162,7 +162,8 @@ def test_two_plans_beside_one_another(known: None, saved: Path) -> None:
 
 
 def test_the_report_shows_prediction_and_measurement(known: None, saved: Path, tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text(json.dumps({"offline_seconds": 0.25, "online_seconds": 0.5}))
+    times = {"batch": 4, "offline_seconds": 0.25, "online_seconds": 0.5}
+    (tmp_path / "run.json").write_text(json.dumps(times))
     options = ["--html", tmp_path / "r.html", "--network", "wan", "--batch", "4", "--measured", tmp_path / "run.json"]
     succeeds("show", saved / "fused", *options)
     html = (tmp_path / "r.html").read_text()
@@ -173,6 +174,9 @@ def test_the_report_shows_prediction_and_measurement(known: None, saved: Path, t
     assert html.count("class=time") == sum(row["seconds"] > 0 for row in rows(expected))
     (tmp_path / "run.json").write_text("[]")
     assert "is not what" in fails("show", saved / "fused", *options)
+    for other in ({"batch": 8}, {"batches": 2}):
+        (tmp_path / "run.json").write_text(json.dumps(times | other))
+        assert "measured with another batch than 4" in fails("show", saved / "fused", *options)
 
 
 def rows(found: Prediction) -> list[dict[str, float]]:
