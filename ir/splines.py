@@ -9,7 +9,7 @@ number of low bits that the comparison with the knots leaves out are those that 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -38,6 +38,7 @@ _POWERS = tuple(
     np.linalg.inv(np.polynomial.polynomial.polyvander(chebyshev.chebpts1(d + 1), d)) for d in range(MOST_DEGREE + 1)
 )
 _ROUNDING = 2.0**-48  # of a polynomial of degree 3, in float64
+_ELEMENTS = 1 << 20  # whose bounds are found at once
 _COMPARED = (4, 5, 6, 7, 8, 10, 12, 16, 24)  # bits that comparisons may look at
 
 
@@ -100,20 +101,25 @@ class Spline:
 
         Beyond the range of the fit, the outer polynomials go on.
         """
+        some = max(1, _ELEMENTS // (len(self.knots) + 1))
+        parts = zip(low.reshape(-1).split(some), high.reshape(-1).split(some), strict=True)
+        least, greatest = zip(*(self._ends(*part) for part in parts), strict=True)
+        return torch.cat(least).view(low.shape), torch.cat(greatest).view(low.shape)
+
+    def _ends(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Of vectors, for all segments at once: (segments, n)."""
+        rows = _column(row for _, _, row in self.segments)
+        middle, start = _column(self.origins), _column((-math.inf, *(start for _, start, _ in self.segments[1:])))
+        stop = _column((*(knot - 1 for knot in self.knots), math.inf))
+        begin, end = torch.maximum(low, start), torch.minimum(high, stop)
+        reach = torch.maximum((end - middle).abs(), (begin - middle).abs())
+        slack = _powers(rows.abs(), reach) * _ROUNDING
         least, greatest = torch.full_like(low, torch.inf), torch.full_like(low, -torch.inf)
-        stops = (*(knot - 1 for knot in self.knots), math.inf)
-        for i, ((origin, start, row), stop) in enumerate(zip(self.segments, stops, strict=True)):
-            begin = low if i == 0 else low.clamp(min=start)
-            end = high.clamp(max=stop)
-            used = begin <= end
-            reach = torch.maximum((end - origin).abs(), (begin - origin).abs())
-            size = sum((abs(a) * reach**j for j, a in enumerate(row)), torch.zeros_like(low))
-            for place in (begin, end, *_turns(row, origin)):
-                place = torch.as_tensor(place, dtype=torch.float64).expand(low.shape)
-                inside = used & (place >= begin) & (place <= end)
-                value = sum((a * (place - origin) ** j for j, a in enumerate(row)), torch.zeros_like(low))
-                least = torch.where(inside, torch.minimum(least, value - size * _ROUNDING), least)
-                greatest = torch.where(inside, torch.maximum(greatest, value + size * _ROUNDING), greatest)
+        for place in (begin, end, *_column(_turns(row, origin) for origin, _, row in self.segments)):
+            inside = (begin <= end) & (place >= begin) & (place <= end)
+            value = _powers(rows, place - middle)
+            least = torch.minimum(least, torch.where(inside, value - slack, torch.inf).amin(0))
+            greatest = torch.maximum(greatest, torch.where(inside, value + slack, -torch.inf).amax(0))
         return least, greatest
 
     def bytes_of_element(self, window: int) -> float:
@@ -126,13 +132,27 @@ def wrapped(value: int) -> int:
     return (value + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def _turns(row: tuple[int, ...], origin: int) -> list[float]:
-    """Where the derivative of a polynomial of degree 3 or less is zero."""
+def _column(values: Iterable[float] | Iterable[tuple[float, ...]]) -> Tensor:
+    """A number of each segment, (segments, 1); or several, (how many, segments, 1)."""
+    found = [[float(v) for v in value] if isinstance(value, tuple) else float(value) for value in values]
+    return torch.tensor(found, dtype=torch.float64).T[..., None]
+
+
+def _powers(rows: Tensor, x: Tensor) -> Tensor:
+    """The polynomials with these coefficients, of powers of x from the lowest."""
+    return sum((row * x**j for j, row in enumerate(rows)), torch.zeros_like(x))
+
+
+@lru_cache(maxsize=1 << 16)
+def _turns(row: tuple[int, ...], origin: int) -> tuple[float, float]:
+    """Where the derivative of a polynomial of degree 3 or less is zero; NaN for what there is not."""
     slope = [j * float(a) for j, a in enumerate(row)][1:]
     while slope and slope[-1] == 0.0:
         slope.pop()
     roots = np.roots(slope[::-1]) if len(slope) > 1 else np.array([])
-    return [origin + float(root.real) for root in roots if abs(root.imag) <= 1e-6 * max(1.0, abs(root))]
+    found = [origin + float(root.real) for root in roots if abs(root.imag) <= 1e-6 * max(1.0, abs(root))]
+    first, second = (*found, math.nan, math.nan)[:2]
+    return first, second
 
 
 def _cost(knots: int, degree: int, digits: Digits) -> float:

@@ -16,7 +16,7 @@ from tacit.ir.ops.roles import Reveal
 
 FAST = ("mnasnet0_5", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1")
 NAMES = zoo.names()
-RESNET50_SECONDS, SLOWEST_SECONDS = 20, 400
+RESNET50_SECONDS, SLOWEST_SECONDS = 20, 90  # of all cores together
 
 
 def checked(name: str) -> zoo.Row:
@@ -48,7 +48,7 @@ def test_a_model_of_the_fast_ones(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_model(name: str) -> None:
     row = checked(name)
-    assert row.seconds < (RESNET50_SECONDS if name == "resnet50" else SLOWEST_SECONDS)
+    assert row.cpu_seconds < (RESNET50_SECONDS if name == "resnet50" else SLOWEST_SECONDS)
 
 
 @pytest.mark.slow

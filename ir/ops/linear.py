@@ -51,10 +51,8 @@ class Product(Op):
 
     def bound(self, x: Interval, w: Interval) -> Interval:
         """Centre and radius: |W| maps the radius. Exact for each element up to rounding."""
-        weight = w.low
-        centre = self.real_product(x.centre[None], weight)[0]
-        radius = self.real_product(x.radius[None], weight.abs())[0]
-        size = self.real_product(x.magnitude[None], weight.abs())[0]
+        centre = self.real_product(x.centre[None], w.low)[0]
+        radius, size = self.real_product(torch.stack([x.radius, x.magnitude]), w.low.abs())
         return Interval.around(centre, radius, size)
 
 
