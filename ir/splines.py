@@ -9,7 +9,7 @@ number of low bits that the comparison with the knots leaves out are those that 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -102,20 +102,20 @@ class Spline:
         Beyond the range of the fit, the outer polynomials go on.
         """
         some = max(1, _ELEMENTS // (len(self.knots) + 1))
-        parts = zip(low.reshape(-1).split(some), high.reshape(-1).split(some), strict=True)
+        parts = zip(torch.split(low.reshape(-1), some), torch.split(high.reshape(-1), some), strict=True)
         least, greatest = zip(*(self._ends(*part) for part in parts), strict=True)
         return torch.cat(least).view(low.shape), torch.cat(greatest).view(low.shape)
 
     def _ends(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Of vectors, for all segments at once: (segments, n)."""
-        rows = _column(row for _, _, row in self.segments)
+        rows = _columns(row for _, _, row in self.segments)
         middle, start = _column(self.origins), _column((-math.inf, *(start for _, start, _ in self.segments[1:])))
         stop = _column((*(knot - 1 for knot in self.knots), math.inf))
         begin, end = torch.maximum(low, start), torch.minimum(high, stop)
         reach = torch.maximum((end - middle).abs(), (begin - middle).abs())
         slack = _powers(rows.abs(), reach) * _ROUNDING
         least, greatest = torch.full_like(low, torch.inf), torch.full_like(low, -torch.inf)
-        for place in (begin, end, *_column(_turns(row, origin) for origin, _, row in self.segments)):
+        for place in (begin, end, *_columns(_turns(row, origin) for origin, _, row in self.segments)):
             inside = (begin <= end) & (place >= begin) & (place <= end)
             value = _powers(rows, place - middle)
             least = torch.minimum(least, torch.where(inside, value - slack, torch.inf).amin(0))
@@ -132,10 +132,14 @@ def wrapped(value: int) -> int:
     return (value + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def _column(values: Iterable[float] | Iterable[tuple[float, ...]]) -> Tensor:
-    """A number of each segment, (segments, 1); or several, (how many, segments, 1)."""
-    found = [[float(v) for v in value] if isinstance(value, tuple) else float(value) for value in values]
-    return torch.tensor(found, dtype=torch.float64).T[..., None]
+def _columns(values: Iterable[Sequence[float]]) -> Tensor:
+    """Several numbers of each segment, (how many, segments, 1)."""
+    return torch.tensor([[float(v) for v in value] for value in values], dtype=torch.float64).mT[..., None]
+
+
+def _column(values: Iterable[float]) -> Tensor:
+    """A number of each segment, (segments, 1)."""
+    return _columns((value,) for value in values)[0]
 
 
 def _powers(rows: Tensor, x: Tensor) -> Tensor:
