@@ -7,7 +7,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,9 +17,10 @@ from net_harness import Trio, close_to, compiled, images, small_model
 import tacit
 from tacit.ir.cost import P0, P1, P2, ROLES
 from tacit.ir.errors import InputError, PartyError, RefusedError
+from tacit.runtime.net.coordinator import Coordinator
 from tacit.runtime.net.deployment import Limits, StoreSettings
 from tacit.runtime.net.flow import traffic
-from tacit.runtime.net.frames import Phase
+from tacit.runtime.net.frames import Fields, Phase
 
 NO_STORE = StoreSettings(low_water=0, target=0)
 
@@ -165,6 +166,13 @@ def test_the_store(tmp_path: Path) -> None:
         assert len(trio.ledger("P0")) == len(trio.ledger("P1")) == len(trio.ledger("P2")) == 5
     finally:
         trio.close()
+
+
+def test_a_call_that_a_shutdown_cancels_says_so() -> None:
+    asked: Future[Fields] = Future()
+    asked.cancel()
+    with pytest.raises(RefusedError, match="P0 is shutting down"):
+        Coordinator._answer(asked)
 
 
 def test_the_store_refills_itself_and_survives_restarts(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 
 from tacit.ir.cost import P1, P2, ROLES
 from tacit.ir.errors import PartyError, ProtocolError, RefusedError, TacitError
@@ -174,8 +174,8 @@ class Coordinator:
                     raise PartyError(f"{ROLES[rank]} is not connected")
                 asked[rank] = self._call(link, seconds, request=request, batch=batch, seconds=seconds)
             self.engine.deal_ahead(request, batch, seconds)
-            size = asked[P1].result().integer("bytes", 0, 1 << 62)
-            asked[P2].result()
+            size = self._answer(asked[P1]).integer("bytes", 0, 1 << 62)
+            self._answer(asked[P2])
             if self.stock is stock:
                 stock.add(batch_id, batch, size)
                 self.engine.metrics.dealt.inc()
@@ -184,6 +184,13 @@ class Coordinator:
         try:
             return self._calls.submit(link.call, "deal", limit, **fields)
         except RuntimeError:  # of a pool that was shut down
+            raise RefusedError("P0 is shutting down") from None
+
+    @staticmethod
+    def _answer(asked: Future[Fields]) -> Fields:
+        try:
+            return asked.result()
+        except CancelledError:
             raise RefusedError("P0 is shutting down") from None
 
     def _refill(self) -> None:
