@@ -10,6 +10,8 @@ import json
 import math
 import os
 import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +19,20 @@ import torch
 from torch import nn
 
 from tacit.driver import compile as compile_model
-from tacit.ir.predict import FINDERS, Features, Machine, totals
+from tacit.ir.predict import FINDERS, Features, Machine, Pace, totals
 from tacit.progress import track
 from tacit.runtime.channel import LinkModel
 from tacit.secure import Secure
 
-OFFLINE = ("phase", "turns", "threads", "products", "weights", "unfolded", "ring", "small")
-ONLINE = ("phase", "round", "messages", "items", "lines", "products", "weights", "unfolded", "opened", "small", "local")
-_RUNS, _WARM_UP = 9, 2
+# What takes as long for an element in both ways, but for what a second core gains; and what each way adds.
+WORK = {
+    "offline": ("products", "weights", "unfolded", "ring", "small"),
+    "online": ("products", "weights", "unfolded", "opened", "small", "local"),
+}
+OVERHEAD = {"offline": ("phase", "items"), "online": ("phase", "round", "items", "lines")}
+_ROUNDS, _RUNS = 3, 4  # of all networks, and of each in a round
 _LATENCY = 1e-3
+_MANY = 512  # rows that are not little any more for that network
 
 
 def machine() -> Machine:
@@ -36,7 +43,7 @@ def machine() -> Machine:
         found = measure()
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(f".{os.getpid()}.new")
-        fresh.write_text(json.dumps({"name": found.name, "offline": found.offline, "online": found.online}))
+        fresh.write_text(json.dumps(asdict(found)))
         fresh.replace(path)
     return found
 
@@ -74,80 +81,145 @@ def _code() -> str:
 def _read(path: Path) -> Machine | None:
     try:
         found = json.loads(path.read_text())
-        parts = [{str(k): float(v) for k, v in found[phase].items()} for phase in ("offline", "online")]
-        return Machine(str(found["name"]), parts[0], parts[1])
+        return Machine(str(found["name"]), *(_pace(found[mode]) for mode in ("turns", "threads")))
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
 
 
+def _pace(found: dict[str, dict[str, float]]) -> Pace:
+    return Pace(*({str(k): float(v) for k, v in found[phase].items()} for phase in ("offline", "online")))
+
+
 def measure() -> Machine:
     """Run the networks and fit; nothing is kept."""
-    offline: list[tuple[Features, float]] = []
-    online: list[tuple[Features, float]] = []
-    for model, shape, reveal, batches in track(_networks(), "measuring this machine, once"):
+    subjects = list(_subjects())
+    for _ in track(range(_ROUNDS), "measuring this machine, once"):  # a moment's other work spoils no network alone
+        for subject in subjects:
+            subject.times += _times(subject.secure, subject.x)
+    points = {
+        phase: [
+            Point(subject.little, totals(subject.secure.plan, len(subject.x))[i], _quartile(subject.times, i))
+            for subject in subjects
+        ]
+        for i, phase in enumerate(("online", "offline"))
+    }
+    for subject in subjects:
+        subject.secure.session().close()
+    online, offline = (fit(points[phase], WORK[phase], OVERHEAD[phase]) for phase in ("online", "offline"))
+    turns, threads = (
+        Pace(offline[little] | dealing, online[little] | waking)
+        for little, (dealing, waking) in ((True, _wake(1)), (False, _wake(_MANY)))
+    )
+    return Machine(processor(), turns, threads)
+
+
+@dataclass
+class _Subject:
+    secure: Secure
+    x: torch.Tensor
+    little: bool
+    times: list[tuple[float, float]]  # online, offline
+
+
+def _subjects() -> Iterator[_Subject]:
+    for model, shape, reveal, batches in _networks():
         torch.manual_seed(0)
         x = torch.rand(4, *shape)
         with torch.no_grad():
             model(x)  # gives lazy layers their sizes
         secure = compile_model(model.eval(), x, reveal=reveal, input_range=(0, 1), frac_bits=12, name="probe")
         for batch in batches:
-            times = _times(secure, x[torch.arange(batch) % len(x)])
-            work, dealt = totals(secure.plan, batch)
-            online.append((work, times[1]))
-            offline.append((dealt, times[0]))
-        secure.session().close()
-    dealing, waking = _wake()
-    return Machine(processor(), fit(offline, OFFLINE) | dealing, fit(online, ONLINE) | waking)
+            yield _Subject(secure, x[torch.arange(batch) % len(x)], secure.plan.cost(batch=batch).little, [])
 
 
-def _wake() -> tuple[Features, Features]:
+def _wake(batch: int) -> tuple[Features, Features]:
     """How much longer than work and latency dealing and rounds take where links are emulated."""
-    x = torch.rand(1, 128)
+    x = torch.rand(batch, 128)
     secure = compile_model(_stack(128, 4).eval(), x, input_range=(0, 1), frac_bits=12, name="probe")
-    plain = _times(secure, x)
+    plain: list[tuple[float, float]] = []
+    late: list[tuple[float, float]] = []
+    for link, times in ((None, plain), (LinkModel(_LATENCY, math.inf), late)):
+        secure.session(link)
+        for _ in range(_ROUNDS):
+            times += _times(secure, x)
     secure.session().close()
-    secure.session(LinkModel(_LATENCY, math.inf))
-    late = _times(secure, x)
-    secure.session().close()
+    online, offline = (_quartile(late, i) - _quartile(plain, i) for i in range(2))
     rounds, items = secure.plan.schedule.rounds, len(secure.plan.requirements())
-    dealing = max(0.0, late[0] - plain[0] - _LATENCY) / items
-    return {"wake": dealing}, {"wake": max(0.0, late[1] - plain[1] - rounds * _LATENCY) / rounds}
+    dealing = max(0.0, offline - _LATENCY) / items
+    return {"wake": dealing}, {"wake": max(0.0, online - rounds * _LATENCY) / rounds}
 
 
-def _times(secure: Secure, x: torch.Tensor) -> tuple[float, float]:
-    """Offline and online seconds: of several runs the lower quartile, for other work on the machine only adds."""
+def _times(secure: Secure, x: torch.Tensor) -> list[tuple[float, float]]:
+    """Online and offline seconds of several runs, after one that warms up."""
     found = []
-    for _ in range(_WARM_UP + _RUNS):
+    for _ in range(1 + _RUNS):
         secure(x)
         assert secure.last_run is not None
-        found.append((secure.last_run.offline_seconds, secure.last_run.online_seconds))
-    kept = found[_WARM_UP:]
-    return _quartile([a for a, _ in kept]), _quartile([b for _, b in kept])
+        found.append((secure.last_run.online_seconds, secure.last_run.offline_seconds))
+    return found[1:]
 
 
-def _quartile(times: list[float]) -> float:
-    return sorted(times)[len(times) // 4]
+def _quartile(times: Sequence[tuple[float, float]], i: int) -> float:
+    """The lower one: other work on the machine only adds."""
+    return sorted(found[i] for found in times)[len(times) // 4]
 
 
-def fit(points: list[tuple[Features, float]], keys: tuple[str, ...]) -> dict[str, float]:
-    """Coefficients not below zero that make the sum of squared relative errors least (Lawson and Hanson's NNLS)."""
-    rows = np.array([[features.get(key, 0.0) / seconds for key in keys] for features, seconds in points])
-    scale = np.maximum(rows.max(axis=0), 1e-30)
-    solved = _nnls(rows / scale, np.ones(len(points)))
-    return {key: float(value) for key, value in zip(keys, solved / scale, strict=True)}
+@dataclass(frozen=True)
+class Point:
+    """What one batch of one network took."""
+
+    little: bool
+    features: Features
+    seconds: float
+
+
+def fit(points: Sequence[Point], work: Sequence[str], overhead: Sequence[str]) -> dict[bool, dict[str, float]]:
+    """Coefficients where parties take turns (True) and where they compete (False).
+
+    They are not below zero, and the sum of squared relative errors is least (Lawson and Hanson's NNLS), for the best of
+    many factors between the work of both ways.
+    """
+    best = (math.inf, 1.0, np.zeros(0))
+    for factor in np.linspace(0.3, 1.5, 61):
+        rows = np.array([_row(point, work, overhead, factor) for point in points])
+        scale = np.maximum(rows.max(axis=0), 1e-30)
+        solved = _nnls(rows / scale, np.ones(len(points)))
+        error = float(np.square(rows / scale @ solved - 1).sum())
+        best = min(best, (error, float(factor), solved / scale), key=lambda found: found[0])
+    _, factor, found = best
+    own = found[len(work) :].reshape(2, len(overhead))
+    return {
+        little: dict(zip(work, (found[: len(work)] * (1 if little else factor)).tolist(), strict=True))
+        | dict(zip(overhead, own[0 if little else 1].tolist(), strict=True))
+        for little in (True, False)
+    }
+
+
+def _row(point: Point, work: Sequence[str], overhead: Sequence[str], factor: float) -> list[float]:
+    shared = [point.features.get(key, 0.0) * (1 if point.little else factor) for key in work]
+    own = [point.features.get(key, 0.0) for key in overhead]
+    none = [0.0] * len(overhead)
+    return [value / point.seconds for value in (*shared, *(own + none if point.little else none + own))]
 
 
 def _nnls(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Non-negative least squares by coordinate descent: few unknowns, so exactness costs nothing."""
-    gram, target = a.T @ a, a.T @ b
-    x = np.zeros(a.shape[1])
-    for _ in range(20_000):
-        before = x.copy()
-        for i in range(len(x)):
-            if gram[i, i] > 0:
-                x[i] = max(0.0, x[i] + (target[i] - gram[i] @ x) / gram[i, i])
-        if np.abs(x - before).max() < 1e-12:
+    """Non-negative least squares by active sets (Lawson and Hanson 1974), for a few unknowns."""
+    x, used = np.zeros(a.shape[1]), np.zeros(a.shape[1], dtype=bool)
+    for _ in range(3 * a.shape[1]):
+        gain = np.where(used, -np.inf, a.T @ (b - a @ x))
+        if gain.max() < 1e-10:
             break
+        used[gain.argmax()] = True
+        while True:
+            z = np.zeros_like(x)
+            z[used] = np.linalg.lstsq(a[:, used], b, rcond=None)[0]
+            below = used & (z <= 0)
+            if not below.any():
+                break
+            x = x + (z - x) * (x[below] / (x[below] - z[below])).min()
+            used &= x > 1e-14
+            x[~used] = 0.0
+        x = z
     return x
 
 
@@ -155,21 +227,31 @@ _Network = tuple[nn.Module, tuple[int, ...], str, tuple[int, ...]]
 
 
 def _networks() -> list[_Network]:
-    """Each leans on another feature: products of one row and of many, convolutions, comparisons, rounds, moves."""
+    """Each leans on another feature: products of one row and of many, convolutions, comparisons, rounds, moves.
+
+    Of each, some batches are little and some are not (`PlanCost.little`).
+    """
     moves = nn.Sequential(nn.Flatten(), nn.Unflatten(1, (4, 64)), nn.Flatten())
     return [
-        (nn.Linear(1024, 512), (1024,), "logits", (1, 64, 256)),
-        (_stack(128, 4), (128,), "logits", (1, 16, 128)),
-        (_perceptron(600, 300), (600,), "argmax", (1, 8, 64, 256)),
-        (nn.Conv2d(4, 16, 5), (4, 20, 20), "logits", (1, 48)),
-        (_convolutions(12, 24, 200), (1, 24, 24), "argmax", (1, 4, 32, 96)),
-        (_convolutions(24, 32, 300), (1, 32, 32), "argmax", (1, 8, 64)),
-        (moves, (256,), "logits", (1, 64)),
+        (nn.Linear(1024, 512), (1024,), "logits", (1, 64, 200, 1024)),
+        (_stack(128, 4), (128,), "logits", (1, 16, 128, 512, 1024)),
+        (_perceptron(600, 300), (600,), "argmax", (1, 8, 64, 200, 512, 1024)),
+        (nn.Conv2d(4, 16, 5), (4, 20, 20), "logits", (1, 48, 192)),
+        (_convolutions(12, 24, 200), (1, 24, 24), "argmax", (1, 4, 16, 48, 128)),
+        (_convolutions(24, 32, 300), (1, 32, 32), "argmax", (1, 4, 16, 48)),
+        (_block(16), (16, 48, 48), "logits", (1, 4, 16)),
+        (moves, (256,), "logits", (1, 64, 8192)),
     ]
 
 
 def _stack(width: int, depth: int) -> nn.Module:
     return nn.Sequential(*(layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.ReLU())))
+
+
+def _block(width: int) -> nn.Module:
+    """Large tensors, which leave the processor's caches."""
+    layers = [nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 def _perceptron(inputs: int, hidden: int) -> nn.Module:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 # Batch sizes for which a plan remembers its nodes.
+_LITTLE = 8 << 20  # bytes of an inference, see `PlanCost.little`
 _SIZES = 16
 
 
@@ -86,6 +87,12 @@ class PlanCost:
     @property
     def online_bytes(self) -> int:
         return sum(self._links("online").values())
+
+    @property
+    def little(self) -> bool:
+        """Whether parties of one process take turns in one thread: handing the interpreter from thread to thread costs
+        more than a second core gains (on two cores: at most 16 MB)."""
+        return self.online_bytes + self.offline_bytes < _LITTLE
 
     @property
     def offline_bytes(self) -> int:

@@ -19,7 +19,6 @@ from tacit.ir.plan import Node, Plan
 from tacit.ir.types import Type
 
 Features = dict[str, float]
-_IN_TURN = 2  # up to this batch, the parties deal one after the other; above it, in threads that compete
 
 
 @dataclass(frozen=True)
@@ -50,16 +49,24 @@ def network_model(text: str) -> NetworkModel:
 
 
 @dataclass(frozen=True)
-class Machine:
-    """Seconds for a unit of each feature, by phase: what this processor does with this version of Tacit.
+class Pace:
+    """Seconds for a unit of each feature, by phase.
 
     "phase" is a constant, "round" is for each round; "wake" is what each round, and each piece of dealt randomness,
     takes longer where links are emulated: parties are late in waking up.
     """
 
-    name: str
     offline: Mapping[str, float]
     online: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this processor does with this version of Tacit: where parties take turns, and where they compete."""
+
+    name: str
+    turns: Pace
+    threads: Pace
 
 
 # Who knows the speed of this machine; the argument says whether it may be measured, where nobody has done so yet.
@@ -84,7 +91,9 @@ class Prediction:
 def predict(plan: Plan, machine: Machine, *, batch: int = 1, network: str = "virtual") -> Prediction:
     """Rounds take a latency each, bytes their time on the links, work what the machine takes for it."""
     model, latency = network_model(network), network_model(network).rtt_seconds / 2
-    costs = {row.name: row for row in plan.cost(batch=batch).per_op}
+    cost_of_all = plan.cost(batch=batch)
+    costs = {row.name: row for row in cost_of_all.per_op}
+    pace = machine.turns if cost_of_all.little else machine.threads
     lines: dict[str, float] = {}
     online = offline = sent = dealings = 0.0
     for node in plan.nodes:
@@ -92,19 +101,19 @@ def predict(plan: Plan, machine: Machine, *, batch: int = 1, network: str = "vir
             continue
         work, dealt = work_of(plan, node, batch)
         cost = costs[node.name].cost
-        computing, dealing = _time(machine.online, work), _time(machine.offline, dealt)
+        computing, dealing = _time(pace.online, work), _time(pace.offline, dealt)
         wire = _wire_seconds(cost, model)
         offline += dealing
-        dealings += dealt.get("turns", 0.0) + dealt.get("threads", 0.0)
+        dealings += dealt["items"]
         sent += max(cost.offline.values(), default=0) / model.bytes_per_second
         online += computing + wire
         lines[node.name] = computing + dealing + wire + cost.rounds * latency
-    offline += machine.offline.get("phase", 0.0)
-    online += machine.online.get("phase", 0.0) + plan.schedule.rounds * latency
-    online += plan.schedule.rounds * machine.online.get("round", 0.0)
+    offline += pace.offline.get("phase", 0.0)
+    online += pace.online.get("phase", 0.0) + plan.schedule.rounds * latency
+    online += plan.schedule.rounds * pace.online.get("round", 0.0)
     if model is not VIRTUAL:
-        online += plan.schedule.rounds * machine.online.get("wake", 0.0)
-        offline += dealings * machine.offline.get("wake", 0.0)
+        online += plan.schedule.rounds * pace.online.get("wake", 0.0)
+        offline += dealings * pace.offline.get("wake", 0.0)
     # Corrections flow one way while P2 goes on computing: the slower of both counts, and the last takes its latency.
     offline = max(offline, sent) + latency
     return Prediction(model.name, batch, offline, online, lines)
@@ -130,7 +139,7 @@ def work_of(plan: Plan, node: Node, batch: int) -> tuple[Features, Features]:
     ring = sum(item.count for item in items if item.element == RING)
     small = sum(item.count for item in items) - ring
     online = _products(node, args, elements)
-    offline = online | {"ring": ring, "small": small, "turns" if batch <= _IN_TURN else "threads": len(items)}
+    offline = online | {"ring": ring, "small": small, "items": len(items)}
     online["lines"] = 1.0
     if cost.rounds:
         online |= {"opened": _opened(cost.online), "small": small, "messages": cost.rounds, "items": len(items)}

@@ -30,9 +30,6 @@ from tacit.runtime.timeline import Profile
 Tensor = torch.Tensor
 _EVERYONE = tuple(range(len(ROLES)))
 _MAX_BATCHES = 1 << 32
-# Where an inference is fewer bytes than this, the parties take turns in one thread: handing the interpreter from
-# thread to thread then costs more than a second core gains (measured on two cores: at most 16 MB).
-_LITTLE = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ class Session:
         self.plan = plan.verify()
         self._link = link
         self._crew = Crew("party", link)
-        self._bytes: dict[int, int] = {}  # of one inference, by batch
+        self._turns: dict[int, bool] = {}  # by batch
         self.profile: Profile | None = None  # benchmarks collect seconds by phase and line here
         keys = keys or prf.fresh_keys()
         self._streams = {rank: prf.Streams(prf.keys_of(rank, keys)) for rank in _EVERYONE}
@@ -219,10 +216,9 @@ class Session:
 
     def _little(self, batch: int) -> bool:
         """Whether the parties take turns in one thread."""
-        if batch not in self._bytes:
-            cost = self.plan.cost(batch=batch)
-            self._bytes[batch] = cost.online_bytes + cost.offline_bytes
-        return self._bytes[batch] < _LITTLE
+        if batch not in self._turns:
+            self._turns[batch] = self.plan.cost(batch=batch).little
+        return self._turns[batch]
 
     def _job(
         self, rank: int, schedule: Schedule, seat: Callable[[Node], Party], values: Values, *, keep: bool = True

@@ -15,11 +15,12 @@ import tacit
 from tacit import machine as machines
 from tacit import networks
 from tacit.compare import compare_plans, comparison_text
-from tacit.ir.predict import FINDERS, Machine, Prediction, network_model, predict
+from tacit.ir.predict import FINDERS, Machine, Pace, Prediction, network_model, predict
 from tacit.ir.view.page import page, time_text
 from tacit.runtime.channel import NETWORKS
 
-MACHINE = Machine("tests", {"phase": 1e-4, "threads": 1e-4, "turns": 5e-5, "ring": 1e-8}, {"round": 3e-4, "wake": 1e-5})
+TURNS = Pace({"phase": 1e-4, "items": 5e-5, "ring": 1e-8}, {"round": 3e-4, "wake": 1e-5})
+MACHINE = Machine("tests", TURNS, Pace({"items": 1e-4, "ring": 2e-8}, {"round": 6e-4}))
 
 
 @cache
@@ -76,13 +77,16 @@ def test_a_slower_network_costs_its_latency_and_its_rate(known: None) -> None:
 
 
 def test_fitting_finds_the_coefficients_it_was_made_with() -> None:
-    truth = {"a": 3e-6, "b": 0.0, "c": 5e-9}
+    work, overhead = {"a": 3e-6, "b": 0.0, "c": 5e-9}, {True: {"round": 1e-4}, False: {"round": 7e-4}}
     points = []
-    for a, b, c in ((1, 5, 1e3), (10, 1, 1e5), (3, 7, 1e4), (100, 2, 10), (1, 1, 1e6)):
-        features = {"a": float(a), "b": float(b), "c": float(c)}
-        points.append((features, sum(truth[k] * v for k, v in features.items())))
-    found = machines.fit(points, ("a", "b", "c"))
-    assert found == pytest.approx(truth, rel=1e-4, abs=1e-12)
+    for a, b, c, rounds in ((1, 5, 1e3, 3), (10, 1, 1e5, 9), (3, 7, 1e4, 2), (100, 2, 10, 1), (1, 1, 1e6, 5)):
+        features = {"a": float(a), "b": float(b), "c": float(c), "round": float(rounds)}
+        for little in (True, False):
+            seconds = sum(value * features[key] for key, value in work.items()) * (1 if little else 0.6)
+            points.append(machines.Point(little, features, seconds + rounds * overhead[little]["round"]))
+    found = machines.fit(points, ("a", "b", "c"), ("round",))
+    assert found[True] == pytest.approx(work | overhead[True], rel=1e-4, abs=1e-12)
+    assert found[False] == pytest.approx({k: 0.6 * v for k, v in work.items()} | overhead[False], rel=1e-4, abs=1e-12)
 
 
 def test_the_measurement_is_kept_and_damage_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +96,7 @@ def test_the_measurement_is_kept_and_damage_is_measured_again(tmp_path: Path, mo
     assert machines.machine() == MACHINE
     monkeypatch.setattr(machines, "measure", lambda: pytest.fail("measured twice"))
     assert machines.machine() == machines.cached() == MACHINE
-    for damaged in ("{", "[]", '{"name": 1}', '{"name": "x", "offline": 3, "online": {}}'):
+    for damaged in ("{", "[]", '{"name": 1}', '{"name": "x", "turns": {"offline": 3, "online": {}}}'):
         machines.cache_file().write_text(damaged)
         assert machines.cached() is None
 
