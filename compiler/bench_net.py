@@ -15,14 +15,12 @@ import torch
 from tacit.bench import MODELS
 from tacit.driver import compile as compile_model
 from tacit.ir.errors import CompileError
+from tacit.ir.predict import network_seconds
 from tacit.progress import waiting
 from tacit.remote import Remote, connect, push
 from tacit.runtime.channel import NETWORKS
 from tacit.runtime.net.deployment import Limits
-from tacit.runtime.net.flow import traffic
-from tacit.runtime.net.frames import Phase
 from tacit.runtime.net.local import LocalParties
-from tacit.secure import Secure
 
 Tensor = torch.Tensor
 
@@ -31,8 +29,8 @@ Tensor = torch.Tensor
 class NetMeasured:
     """Seconds of one request alone (median), by turns with virtual parties in this process, and of many in a pipeline.
 
-    All include offline and online, sharing the input and revealing the answer. `expected_s` is rounds x latency plus
-    the bytes of the busiest link over the rate, for an emulated network.
+    All include offline and online, sharing the input and revealing the answer. `expected_s` is what the
+    network alone takes online: rounds x latency, and the bytes that follow one another over the rate.
     """
 
     model: str
@@ -89,18 +87,10 @@ def bench_net(
         runs,
         statistics.median(alone for alone, _ in pairs),
         statistics.median(virtual for _, virtual in pairs),
-        _expected(secure.plan.schedule.rounds, secure, batch, network),
+        network_seconds(secure.plan, batch=batch, network=network),
         secure.plan.schedule.rounds,
         pipelined,
     )
-
-
-def _expected(rounds: int, secure: Secure, batch: int, network: str) -> float:
-    link = NETWORKS[network]
-    if link is None:
-        return 0.0
-    book = traffic(secure.plan, batch)
-    return rounds * link.latency_seconds + max(book[Phase.ONLINE].values()) / link.bytes_per_second
 
 
 def _timed(predict: Callable[[Tensor], Tensor], x: Tensor) -> float:
@@ -126,9 +116,7 @@ def text(found: NetMeasured) -> str:
     ]
     if found.expected_s:
         ratio = found.alone_s / found.expected_s
-        rows.append(
-            f"{'rounds, bytes over rate':<24} {1e3 * found.expected_s:>10.2f} ms  measured is {ratio:.2f} x that"
-        )
+        rows.append(f"{'the network alone':<24} {1e3 * found.expected_s:>10.2f} ms  measured is {ratio:.2f} x that")
     first = next(iter(found.pipelined_s.values()))
     for count, seconds in found.pipelined_s.items():
         rows.append(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 # Batch sizes for which a plan remembers its nodes.
-_LITTLE = 8 << 20  # bytes of an inference, see `PlanCost.little`
+_LITTLE = 5 << 20  # bytes of an inference, see `PlanCost.little`
 _SIZES = 16
 
 
@@ -91,7 +91,7 @@ class PlanCost:
     @property
     def little(self) -> bool:
         """Whether parties of one process take turns in one thread: handing the interpreter from thread to thread costs
-        more than a second core gains (on two cores: at most 16 MB)."""
+        more than a second core gains (measured on two cores)."""
         return self.online_bytes + self.offline_bytes < _LITTLE
 
     @property

@@ -123,6 +123,13 @@ def _time(coefficients: Mapping[str, float], features: Features) -> float:
     return sum(coefficients.get(key, 0.0) * amount for key, amount in features.items())
 
 
+def network_seconds(plan: Plan, *, batch: int = 1, network: str = "wan") -> float:
+    """The network's part online: a latency for each round, and the bytes that follow one another over the rate."""
+    model = network_model(network)
+    wire = sum(_wire_seconds(row.cost, model) for row in plan.cost(batch=batch).per_op if not row.session)
+    return plan.schedule.rounds * model.rtt_seconds / 2 + wire
+
+
 def _wire_seconds(cost: Cost, model: NetworkModel) -> float:
     """P0 and P1 send at the same time, to each other and to P2; what P2 sends comes after."""
     pairs = (((P0, P1), (P1, P0)), ((P0, P2), (P1, P2)), ((P2, P0), (P2, P1)), ((P0, CLIENT), (P1, CLIENT)))
