@@ -3,8 +3,6 @@
 python examples/resnet.py
 """
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 from data import load
@@ -14,7 +12,7 @@ from training import trained
 import tacit
 
 Tensor = torch.Tensor
-TRAINED_ON, IMAGES = 6000, 16
+CALIBRATED_ON, IMAGES = 64, 16
 
 
 class Block(nn.Module):
@@ -49,10 +47,8 @@ class SmallResNet(nn.Module):
 
 def main() -> None:
     digits = load()
-    few = replace(digits, name=f"{digits.name}, {TRAINED_ON} images", train_images=digits.train_images[:TRAINED_ON],
-                  train_labels=digits.train_labels[:TRAINED_ON])  # fmt: skip
-    model = trained(SmallResNet, few)
-    seen = few.train_images[:64]
+    model = trained(SmallResNet, digits)
+    seen = digits.train_images[:CALIBRATED_ON]
     secure = tacit.compile(model, seen, calibration=seen, reveal="argmax", input_range=(0, 1), name="resnet")
     cost = secure.plan.cost(batch=IMAGES)
     print(
