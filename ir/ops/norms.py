@@ -28,6 +28,8 @@ _N = Batch()
 _EXTRA, _EXTRA_FACTOR = 4, 6
 # Their squares have twice as many; sums of those have to fit the ring.
 _MOST_BITS = 18
+# Fractional bits of vectors up to which short ones are told apart: the polynomials of a root reach over 36 bits or so.
+_TOLD_APART = 13
 # How far below eps the sum of squares is still resolved.
 _BELOW_EPS = 10
 
@@ -49,10 +51,13 @@ def sum_of_squares(b: FixedBuilder, x: str, axes: tuple[int, ...], frac: int) ->
 
 
 def normalised(b: FixedBuilder, x: str, axes: tuple[int, ...], count: float, eps: float) -> str:
-    """x / sqrt(sum of squares / count + eps). An eps below (4 units of x)^2 is taken as that: x is known no better."""
-    eps = max(eps, 2.0 ** (4 - 2 * b.frac))
+    """x / sqrt(sum of squares / count + eps).
+
+    An eps below (4 units of x)^2 is taken as that: x is known no better. Units finer than 2^-13 count as that.
+    """
+    eps = max(eps, 2.0 ** (4 - 2 * min(b.frac, _TOLD_APART)))
     resolved = math.ceil(-math.log2(eps * count)) + _BELOW_EPS
-    squares = sum_of_squares(b, x, axes, max(b.frac, resolved))
+    squares = sum_of_squares(b, x, axes, max(b.frac, min(resolved, 2 * _TOLD_APART)))
     factor = b.function(
         "rsqrt_of_mean",
         squares,
