@@ -26,6 +26,7 @@ def apart(*shape: int, seed: int = 0) -> Tensor:
 def checked(function: Callable[[Tensor], object], x: Tensor, **options: object) -> tuple[object, tacit.Secure]:
     model = Model(lambda m, x: function(x)).eval()  # type: ignore[arg-type, return-value]
     secure = tacit.compile(model, x, input_range=(-1, 1), **options)  # type: ignore[arg-type]
+    assert tacit.Plan.parse(str(secure.plan)) == secure.plan
     secure.reference(x, check=True)
     answer = secure.check(x)
     run, cost = secure.last_run, secure.plan.cost(batch=len(x))
