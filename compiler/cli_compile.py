@@ -27,6 +27,11 @@ from tacit.secure import PLAN_FILE, WEIGHTS_FILE, Secure
 
 Tensor = torch.Tensor
 Model = torch.nn.Module | ExportedProgram
+FracBits = Annotated[int | None, typer.Option(help="Fractional bits of activations; default: chosen.")]
+MaxError = Annotated[
+    float | None,
+    typer.Option(metavar="X", help="How far polynomials may be from the functions they stand for; default: chosen."),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -55,7 +60,8 @@ def compile_command(
         tuple[float, float] | None,
         typer.Option("--range", metavar="LOW HIGH", help="The range of the inputs; clients refuse others."),
     ] = None,
-    frac_bits: Annotated[int | None, typer.Option(help="Fractional bits of activations; default: chosen.")] = None,
+    frac_bits: FracBits = None,
+    max_error: MaxError = None,
     calibration: Annotated[
         list[Path] | None,
         typer.Option(metavar="FILE", help="Inputs (.npy) on which value ranges are measured; once for each input."),
@@ -78,6 +84,7 @@ def compile_command(
             calibration=measured or None,
             input_range=input_range,
             frac_bits=frac_bits,
+            max_error=max_error,
             name=name,
         )
         secure.save(output)
@@ -200,7 +207,8 @@ def diff_command(
         tuple[float, float] | None,
         typer.Option("--range", metavar="LOW HIGH", help="The range of the inputs."),
     ] = None,
-    frac_bits: Annotated[int | None, typer.Option(help="Fractional bits of activations; default: chosen.")] = None,
+    frac_bits: FracBits = None,
+    max_error: MaxError = None,
     calibrated: Annotated[
         bool, typer.Option("--calibrated", help="Measure the ranges on these inputs instead of proving them.")
     ] = False,
@@ -223,6 +231,7 @@ def diff_command(
             tolerance=tolerance,
             input_range=input_range,
             frac_bits=frac_bits,
+            max_error=max_error,
             calibration=tuple(arrays) if calibrated else None,
         )
         if plot is not None:

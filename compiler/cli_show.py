@@ -13,7 +13,7 @@ from rich.highlighter import RegexHighlighter
 from rich.text import Text
 from rich.theme import Theme
 
-from tacit.cli_shared import AsJson, PlanPath, clear_errors, measured_times, read_plan_file
+from tacit.cli_shared import AsJson, Failure, PlanPath, clear_errors, measured_times, read_plan_file
 from tacit.diff import ranges_text
 from tacit.ir.plan import Plan
 from tacit.ir.view.page import page
@@ -55,6 +55,10 @@ def show(
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the report, one page that needs no network.")
     ] = None,
+    errors: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw the errors of its approximated functions (.png, .svg)."),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="With --html: elements in the batch.")] = 1,
     network: Annotated[str, typer.Option(help="With --html: predict times on virtual, lan, wan or rtt=..,rate=..")] = (
         "virtual"
@@ -65,14 +69,18 @@ def show(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print a plan, after checking every line of it; or write its report."""
+    """Print a plan, after checking every line of it; or write its report, or draw the errors of its functions."""
     with clear_errors():
         found = read_plan_file(plan)
+        if errors is not None:
+            _draw_errors(found, errors)
+            typer.echo(f"written   {errors}")
         if html is not None:
             prediction = found.predict(batch, network)
             times = None if measured is None else measured_times(measured, batch)
             html.write_text(page(found, batch=batch, prediction=prediction, measured=times), encoding="utf-8")
             typer.echo(f"written   {html}")
+        if html is not None or errors is not None:
             return
     if ranges:
         typer.echo(ranges_text(found))
@@ -86,6 +94,19 @@ def show(
         console.print(text, soft_wrap=True, end="")
     else:
         typer.echo(str(found), nl=False)
+
+
+def _draw_errors(plan: Plan, file: Path) -> None:
+    from tacit.approximation import curves, unknown_functions
+    from tacit.plots import plot_errors, require_matplotlib
+
+    require_matplotlib(file)
+    found, unknown = list(curves(plan)), unknown_functions(plan)
+    if not found:
+        raise Failure("no function that is known here is approximated in this plan: there is nothing to draw")
+    plot_errors(found, file)
+    for name in unknown:
+        typer.echo(f"left out  {name}: no function of that name is registered here")
 
 
 def _plan_object(plan: Plan) -> dict[str, Any]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from tacit.bench import Measured, bench
 from tacit.diff import Diff
@@ -17,6 +15,7 @@ from tacit.ir.view.page import time_text
 from tacit.progress import track
 
 if TYPE_CHECKING:
+    from tacit.approximation import Curve
     from tacit.peers.compare import Row
 
 _BATCHES = (1, 2, 8, 32, 128, 512)
@@ -24,6 +23,7 @@ NETWORKS = ("virtual", "lan", "wan")
 # Told apart by people who see colours differently (Okabe and Ito), and by their markers.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _MARKERS = "osD^vPX"
+_MOST_PANELS = 60
 
 
 def require_matplotlib(file: Path | None = None) -> Any:
@@ -149,22 +149,52 @@ def plot_diff(found: Diff, file: Path) -> None:
     _save(figure, file)
 
 
-def plot_errors(x: ArrayLike, error: ArrayLike, bound: ArrayLike | float, file: Path, *, title: str = "") -> None:
-    """The error of an approximation over its range, under the bound that is claimed for it.
+def plot_errors(curves: Sequence[Curve], file: Path) -> None:
+    """A panel for each function that is approximated: its error over the range of the fit, under the bound.
 
-    x, error: one dimension, of one length. bound: a number, or one for each x, on the absolute error.
+    Of more than 60, those that come closest to their bound. Raises InputError where there is none.
     """
-    xs, errors = np.asarray(x, float), np.abs(np.asarray(error, float))
-    bounds = np.broadcast_to(np.asarray(bound, float), xs.shape)
-    if xs.ndim != 1 or xs.shape != errors.shape or not len(xs):
-        raise InputError(f"x and error have to be of one length, not {xs.shape} and {errors.shape}")
-    order = np.argsort(xs)
-    figure = require_matplotlib()(figsize=(7, 3.8), layout="constrained")
-    axes = figure.subplots()
-    least = max(float(errors[errors > 0].min(initial=math.inf)), float(bounds.max()) * 1e-6)
-    axes.plot(xs[order], np.maximum(errors, least)[order], color=_COLOURS[0], linewidth=1, label="|error|")
-    axes.plot(xs[order], bounds[order], color=_COLOURS[1], linestyle="--", label="bound")
-    axes.set_yscale("log")
-    axes.legend(frameon=False)
-    _style(axes, f"{title}  largest {errors.max():.2e}".strip(), "x", "absolute error")
+    if not curves:
+        raise InputError("there is no approximated function to draw")
+    shown = sorted(sorted(curves, key=_share, reverse=True)[:_MOST_PANELS], key=curves.index)
+    columns = min(len(shown), 3 if len(shown) <= 9 else 5)
+    rows = -(-len(shown) // columns)
+    figure = require_matplotlib()(figsize=(3.6 * columns, 0.8 + 2.7 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, found in zip(panels, shown, strict=False):
+        _error_panel(axes, found)
+    for axes in panels[len(shown) :]:
+        axes.set_axis_off()
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    if len(shown) < len(curves):
+        figure.suptitle(f"the {len(shown)} of {len(curves)} that come closest to their bound", fontsize=11)
     _save(figure, file)
+
+
+def _share(found: Curve) -> float:
+    """How much of what its bound allows is used, at most."""
+    return float((found.error.abs() / found.bound).max())
+
+
+def _error_panel(axes: Any, found: Curve) -> None:
+    x, errors, bounds = found.x.numpy(), found.error.abs().numpy(), found.bound.numpy()
+    limited = bool(np.isfinite(bounds).all())
+    least = float(bounds.min()) * 1e-3 if limited else float(errors.max()) * 1e-6 or 1e-18
+    axes.plot(x, np.maximum(errors, least), color=_COLOURS[0], linewidth=0.8, rasterized=True, label="|error|")
+    if limited:
+        axes.plot(x, bounds, color=_COLOURS[1], linestyle="--", label="bound")
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=least)
+    if x[0] >= 0 and x[-1] > 64 * x[0]:
+        axes.set_xscale("log", base=2)
+    share = f", {_share(found):.0%} of the bound" if limited else ""
+    name = f"{found.function}  {_shortened(found.module) or '%' + found.line}"
+    _style(axes, f"{name}\n{errors.max():.1e} at most{share}", "x", "absolute error")
+    axes.title.set_fontsize(9)
+    axes.tick_params(labelsize=8)
+
+
+def _shortened(path: str, most: int = 26) -> str:
+    """The end of a module's path, which tells more than its beginning."""
+    return path if len(path) <= most else f"...{path[3 - most :]}"

@@ -192,7 +192,7 @@ class FixedBuilder(Builder):
         """x with the claim that its ring integers lie between low and high, roundings included."""
         from tacit.ir.ops.known import Known
 
-        return self.emit(Known(low, high), x)
+        return self.emit(Known(float(low), float(high)), x)
 
     def plus_scalar(self, x: str, value: float) -> str:
         from tacit.ir.ops.local import AddPublic

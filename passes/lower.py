@@ -46,11 +46,15 @@ def _product(target: type[Op]) -> Lowering:
     return lower
 
 
+# A sign and a digit to compare: what is known to be 0 has a width of 1.
+_LEAST_WINDOW = 2
+
+
 def _windowed(target: type[Op], slack: int) -> Lowering:
     """A comparison that looks at no more bits than its operands have; a difference has one more."""
 
     def lower(b: Builder, node: Node, args: tuple[str, ...]) -> str:
-        window = max(b.types[arg].width for arg in args) + slack
+        window = max(_LEAST_WINDOW, max(b.types[arg].width for arg in args) + slack)
         attributes = _attributes(node.op)
         dropped = attributes.get("drop", attributes.get("truncate", 0))
         window = max(window, dropped + 1 + ROOM_BITS) if dropped else window
@@ -64,7 +68,7 @@ def _windowed_by_first(target: type[Op]) -> Lowering:
     """A comparison of the first operand alone."""
 
     def lower(b: Builder, node: Node, args: tuple[str, ...]) -> str:
-        attributes = _attributes(node.op) | {"window": b.types[args[0]].width}
+        attributes = _attributes(node.op) | {"window": max(_LEAST_WINDOW, b.types[args[0]].width)}
         return b.emit(target(**attributes), *args, name=node.name, width=node.type.width)
 
     return lower

@@ -110,6 +110,11 @@ class InfiniteScalar(Block):
         return x / 0
 
 
+class TopOfNone(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.topk(0, 1).values.sum(1)
+
+
 BLOCKS = (
     UnsupportedOperator,
     BranchOnAValue,
@@ -129,6 +134,7 @@ BLOCKS = (
     ComplexInside,
     ConstantResult,
     InfiniteScalar,
+    TopOfNone,
 )
 
 

@@ -18,7 +18,9 @@ import torch
 from typer.testing import CliRunner, Result
 
 import tacit
+from tacit.approximation import curve
 from tacit.cli import app
+from tacit.ir.ops.spline import SplineOnShares
 
 SOURCE = """
 import torch
@@ -37,6 +39,7 @@ class Sum(nn.Module):
 
 ready = network()
 total = Sum().eval()
+curved = nn.Sigmoid().eval()
 training = nn.Dropout()
 number = 3
 
@@ -122,6 +125,24 @@ def test_the_summary_is_that_of_the_plan(place: Path, tmp_path: Path) -> None:
     text = succeeds("compile", f"{place / 'nets.py'}:network", *options, "-o", tmp_path / "new")
     assert plan.digest in text
     assert f"{cost.online_bytes:,} online" in text
+
+
+def test_a_bound_on_errors_changes_the_plan(place: Path, tmp_path: Path) -> None:
+    source, segments = f"{place / 'nets.py'}:curved", []
+    for bound in ("0.001", "0.1"):
+        succeeds("compile", source, "--example", "1x3", "--frac-bits", "12", "--max-error", bound, "-o", tmp_path)
+        (line,) = tacit.load(tmp_path).plan.find(SplineOnShares)
+        assert isinstance(line.op, SplineOnShares)
+        segments.append(len(line.op.spline.segments))
+        assert float(curve(line.op).error.abs().max()) < float(bound)
+    assert segments[0] > segments[1]
+    np.save(tmp_path / "x.npy", np.linspace(-1, 1, 30, dtype=np.float32).reshape(10, 3))
+    errors = [
+        told("diff", source, tmp_path / "x.npy", "--range", "-1", "1", "--frac-bits", "12", "--max-error", bound)
+        for bound in ("0.001", "0.1")
+    ]
+    assert errors[0]["layers"][0]["largest_error"] < 0.001 < errors[1]["layers"][0]["largest_error"] < 0.1
+    assert "max_error has to be" in fails("diff", source, tmp_path / "x.npy", "--max-error", "nan")
 
 
 def test_a_module_by_its_dotted_name_is_looked_up_here(
@@ -360,6 +381,7 @@ def test_a_file_that_is_no_exported_program(tmp_path: Path) -> None:
         (["--example", "1x1x3x3", "--range", "1", "-1"], "low < high"),
         (["--example", "1x1x3x3", "--range", "nan", "1"], "finite"),
         (["--example", "1x1x3x3", "--frac-bits", "99"], "frac_bits"),
+        (["--example", "1x1x3x3", "--max-error", "0.5"], "max_error has to be a number from 2^-20 to 2^-3, not 0.5"),
     ],
 )
 def test_options_that_do_not_fit_the_model(place: Path, tmp_path: Path, options: list[str], message: str) -> None:

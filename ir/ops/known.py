@@ -81,6 +81,33 @@ class WithinHull(LocalOp):
 
 
 @dataclass(frozen=True)
+class Among(LocalOp):
+    """The same value, of which it is known that each element is one of those of v along its last axis: a maximum.
+
+    Operands: the value and v, alike in shape but for the last axis, and at one scale.
+    """
+
+    name = "among"
+
+    def infer(self, x: Type, v: Type) -> Type:
+        expect_kind("secret", x, v)
+        expect(x.frac == v.frac and x.shape[:-1] == v.shape[:-1], f"the elements of {x} are none of {v}")
+        return x
+
+    def compute(self, ring: Any, *shares: Tensor) -> Tensor:
+        return shares[0]
+
+    def bound(self, x: Interval, v: Interval) -> Interval:
+        hull = v.hull((len(v.shape) - 1,))
+        return x.meet(Interval(hull.low[..., :1], hull.high[..., :1]))
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        x = Type("secret", (_N, 3, 5), 12, 20)
+        return (Sample(cls(), (x, x.with_(shape=(_N, 3, 4), width=24))),)
+
+
+@dataclass(frozen=True)
 class Absolute(ModelOp):
     """|x| = 2 ReLU(x) - x, of one truncated x, so that it is never negative."""
 

@@ -199,7 +199,8 @@ class FixedFunction(Op):
             error=self.error,
             relative=self.relative,
         )
-        return FixedSpline.of_spline(found, self.function, self.of, self.frac, self.parameters)
+        made = FixedSpline.of_spline(found, self.function, self.of, self.frac, self.parameters)
+        return replace(made, error=self.error, relative=self.relative)
 
     def bound(self, x: Interval) -> Interval:
         return self.fitted(x).bound(x)
@@ -213,7 +214,8 @@ class FixedFunction(Op):
 class FixedSpline(Op):
     """The spline that stands for a function over low <= X <= high, truncated to `frac` fractional bits.
 
-    function, parameters: what it stands for, for readers and plots; the rest is that of `ir.splines.Spline`.
+    function, parameters, error, relative: what it stands for and how closely, for readers and plots, as in
+    `FixedFunction`, an error of 0 where nothing is said of it; the rest is that of `ir.splines.Spline`.
     """
 
     name = "fixed.spline"
@@ -229,6 +231,8 @@ class FixedSpline(Op):
     drop: int = 0
     knots: tuple[int, ...] = ()
     parameters: tuple[float, ...] = ()
+    error: float = 0.0
+    relative: bool = False
 
     @classmethod
     def of_spline(cls, s: Spline, function: str, of: int, frac: int, parameters: tuple[float, ...] = ()) -> FixedSpline:
@@ -249,6 +253,7 @@ class FixedSpline(Op):
         ordered = (self.low, *self.knots, self.high)
         expect(all(a < b for a, b in pairwise(ordered)), "knots rise from low to high")
         expect(all(knot % (1 << self.drop) == 0 for knot in self.knots), "a knot is a multiple of 2^drop")
+        expect(0 <= self.error < 1, f"an error of {self.error} is not between 0 and 1")
         expect(0 <= self.frac <= self.scale, f"a scale of {self.scale} bits cannot be truncated to {self.frac}")
         return x.with_(frac=self.frac, width=TRUNCATION_WIDTH - (self.scale - self.frac) + 1)
 
