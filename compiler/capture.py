@@ -10,7 +10,7 @@ import torch
 from torch.export import ExportedProgram
 
 from tacit.constants import NotConstant
-from tacit.export import functional, module_path, source_line
+from tacit.export import exported_as, module_path, simplified, source_line
 from tacit.graph import FLOATS, Graph
 from tacit.ir.errors import CompileError
 from tacit.ir.op import Level
@@ -52,12 +52,12 @@ class Capture(Graph):
     """Reads an exported graph node by node; layers write themselves through `emit`."""
 
     def __init__(self, program: ExportedProgram, ranges: Sequence[Range]) -> None:
-        super().__init__(functional(program))
+        self._layers = layers()
+        super().__init__(simplified(program, self._layers.keys() | _VIEWS | _PERMUTATIONS))
         self._values: dict[torch.fx.Node, Any] = {}  # a Laid, or a list of them for several results
         self._lines: dict[torch.fx.Node, str] = {}  # of constants that are in use
         self._sources: dict[torch.fx.Node, tuple[str, Tensor]] = {}  # parameters and buffers
         self._ranges = list(ranges)
-        self._layers = layers()
         self._layout = Layout(self, self.unsupported)
 
     def run(self, name: str, reveal: str) -> Plan:
@@ -158,7 +158,7 @@ class Capture(Graph):
             return
         layer = self._layers.get(self.target)
         if layer is None:
-            self.unsupported(_unknown(self.target, self._layers))
+            self.unsupported(_unknown(self.target, exported_as(node), self._layers))
         found = self._captured(layer, self._arguments(node), value)
         self._values[node] = found if isinstance(found, list) else self._fits(found, value)
         if isinstance(value, torch.Tensor) and value.dtype == torch.bool and isinstance(found, Laid):
@@ -353,10 +353,11 @@ class Capture(Graph):
         return self.emit(CountCorrect(), result, targets)
 
 
-def _unknown(target: str, known: dict[str, type[Layer]]) -> str:
+def _unknown(target: str, exported: str, known: dict[str, type[Layer]]) -> str:
     names = ", ".join(sorted({t.split(".")[1].rstrip("_") for t in known} | {t.split(".")[1] for t in _VIEWS}))
+    inside = f" ('{target}' inside of it)" if target != exported else ""
     return (
-        f"'{target}' is not supported.\nSupported: {names}.\nTo add it, write one subclass of "
+        f"'{exported}' is not supported{inside}.\nSupported: {names}.\nTo add it, write one subclass of "
         "tacit.ir.ops.model.ModelOp with `aten`, `capture`, `reference` and `expand`, and import it first"
     )
 

@@ -6,7 +6,7 @@ import linecache
 import logging
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -27,6 +27,7 @@ _FIXED = (
     "A shape fixes the batch: take the batch from the input, as in x.shape[0] or x.flatten(1), and create constants "
     "without a batch dimension"
 )
+_MOST_REWRITES = 4  # what a rule writes may need another
 _OTHER = "Usual causes: control flow that depends on values, or a shape that fixes the batch"
 
 
@@ -135,16 +136,36 @@ def _without_noise() -> Iterator[None]:
         yield
 
 
-def functional(program: ExportedProgram) -> ExportedProgram:
-    """The program without in-place operators that other values could notice.
+def simplified(program: ExportedProgram, known: Collection[str]) -> ExportedProgram:
+    """The program without in-place operators that other values could notice, and in terms of `known` operators.
 
-    Most are harmless: relu_(conv(x)) where nothing else reads conv(x). The others PyTorch rewrites itself.
+    Most of the former are harmless: relu_(conv(x)) where nothing else reads conv(x). The others PyTorch rewrites
+    itself, as it does operators that are not known and that it has a decomposition for.
     """
-    if not _noticed(program):
-        return program
-    with _without_noise():
-        rewritten: ExportedProgram = program.run_decompositions({})
-    return rewritten
+    rules = torch.export.default_decompositions()
+    for _ in range(_MOST_REWRITES):
+        strange = {t for t in _unknown(program, known) if t in rules or t._can_decompose()}
+        if not strange and not _noticed(program):
+            break
+        with _without_noise():  # which decomposes composites without a rule in any case
+            program = program.run_decompositions({target: rules[target] for target in strange if target in rules})
+    return program
+
+
+def _unknown(program: ExportedProgram, known: Collection[str]) -> set[torch._ops.OpOverload]:
+    """The operators that are not known, and compute tensors that depend on an input."""
+    inputs, secret = program.graph_signature.user_inputs, set[torch.fx.Node]()
+    found = set[torch._ops.OpOverload]()
+    for node in program.graph.nodes:
+        if node.name in inputs or (_holds_tensors(node) and not secret.isdisjoint(node.all_input_nodes)):
+            secret.add(node)
+            if isinstance(node.target, torch._ops.OpOverload) and str(node.target) not in known:
+                found.add(node.target)
+    return found
+
+
+def _holds_tensors(node: torch.fx.Node) -> bool:
+    return any(isinstance(value, torch.Tensor) for value in pytree.tree_leaves(node.meta.get("val")))
 
 
 def _noticed(program: ExportedProgram) -> bool:
@@ -184,6 +205,15 @@ def module_path(node: torch.fx.Node) -> str:
     path = str(next(reversed(stack.values()))[0]) if stack else ""
     made_up = "_empty_nn_module_stack" in path or not all(c.isalnum() or c in "._" for c in path)
     return "" if made_up else path
+
+
+def exported_as(node: torch.fx.Node) -> str:
+    """The operator that the model's own code called, where decompositions have rewritten it since."""
+    sources = node.meta.get("from_node")
+    target = str(node.target)
+    while sources:
+        target, sources = str(sources[0].target), sources[0].from_node
+    return target
 
 
 def source_line(node: torch.fx.Node) -> str:

@@ -71,6 +71,10 @@ FUNCTIONS: dict[str, Known] = {
     "exp": Known(lambda x: torch.exp(x)),
     "sin": Known(lambda x: torch.sin(x)),
     "cos": Known(lambda x: torch.cos(x)),
+    "sinh": Known(lambda x: torch.sinh(x)),
+    "cosh": Known(lambda x: torch.cosh(x)),
+    "asinh": Known(lambda x: torch.asinh(x)),
+    "atan": Known(lambda x: torch.atan(x)),
     "log": Known(lambda x: torch.log(x), 0.0),
     "reciprocal": Known(lambda x: 1 / x, 0.0, mirrored=True),
     "sqrt": Known(lambda x: torch.sqrt(x), 0.0, True),
@@ -78,7 +82,8 @@ FUNCTIONS: dict[str, Known] = {
     # what a norm divides by, of the sum of `count` squares
     "rsqrt_of_mean": Known(lambda x, count, eps: torch.rsqrt(x.clamp(min=0) / count + eps), 0.0, True),
     "integer_power": Known(lambda x, exponent: torch.pow(x, exponent)),  # of a positive exponent
-    "power": Known(lambda x, exponent: torch.pow(x, exponent), 0.0, True),
+    "power": Known(lambda x, exponent: torch.pow(x, exponent), 0.0, True),  # of a positive exponent
+    "inverse_power": Known(lambda x, exponent: torch.pow(x, -exponent), 0.0),  # of a positive exponent
 }
 
 

@@ -23,7 +23,8 @@ PARAMETERS: dict[str, tuple[tuple[float, ...], ...]] = {
     "celu": ((2.0,),),
     "rsqrt_of_mean": ((16.0, 1e-5),),
     "integer_power": ((2.0,), (3.0,), (5.0,)),
-    "power": ((1.5,),),
+    "power": ((1.5,), (1 / 3,)),
+    "inverse_power": ((0.75,), (2.0,)),
 }
 RANGES = {
     "exp": ((-16.0, 0.0), (-4.0, 6.0)),
@@ -33,6 +34,9 @@ RANGES = {
     "rsqrt_of_mean": ((0.0, 50.0),),
     "sqrt": ((0.0, 100.0),),
     "power": ((0.0, 9.0),),
+    "inverse_power": ((0.2, 9.0),),
+    "sinh": ((-4.0, 3.0),),
+    "cosh": ((-4.0, 3.0),),
     "integer_power": ((-3.0, 3.0),),
     "sin": ((-7.0, 7.0),),
     "cos": ((-7.0, 7.0),),

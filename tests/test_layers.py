@@ -31,6 +31,11 @@ CONVOLUTIONS: dict[str, tuple[nn.Module, Tensor]] = {
     "transposed conv2d, stride": (nn.ConvTranspose2d(4, 3, 4, stride=2, padding=1), IMAGE),
     "transposed conv2d, uneven": (nn.ConvTranspose2d(4, 6, (3, 2), (3, 1), (0, 1), (1, 0), 2, dilation=(2, 1)), IMAGE),
     "transposed conv2d, gaps": (nn.ConvTranspose2d(4, 3, 1, stride=3, output_padding=2), IMAGE),
+    "transposed conv3d": (nn.ConvTranspose3d(2, 3, 2, stride=2), CUBE),
+    "transposed conv3d, uneven": (
+        nn.ConvTranspose3d(2, 4, (3, 2, 2), (2, 1, 3), (1, 0, 1), (1, 0, 0), 2, dilation=(1, 2, 1)),
+        CUBE,
+    ),
     "transposed conv2d and batch norm": (
         nn.Sequential(nn.ConvTranspose2d(4, 6, 3, 2, groups=2, bias=False), nn.BatchNorm2d(6), nn.ReLU()),
         IMAGE,
@@ -52,6 +57,9 @@ POOLS: dict[str, tuple[nn.Module, Tensor]] = {
     "average pool 3d, divisor": (nn.AvgPool3d(2, divisor_override=5), CUBE),
     "adaptive average pool 1d": (nn.AdaptiveAvgPool1d(4), LINE),
     "adaptive average pool 3d": (nn.AdaptiveAvgPool3d((2, 1, 3)), CUBE),
+    "power average pool 1d": (nn.LPPool1d(4, 3, stride=2), LINE),
+    "power average pool 2d": (nn.LPPool2d(2, 2), IMAGE),
+    "power average pool 2d of order 1": (nn.LPPool2d(1, (2, 3)), IMAGE),
     "relu6 and max pool": (nn.Sequential(nn.Conv2d(4, 3, 3), nn.ReLU6(), nn.MaxPool2d(2)), IMAGE),
 }
 
@@ -158,6 +166,47 @@ SHAPES: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
 }  # fmt: skip
 
 
+# Operators without a layer: PyTorch writes them by others.
+REWRITTEN: dict[str, tuple[nn.Module, Tensor]] = {
+    "glu": (nn.GLU(), ROWS),
+    "lstm cell": (Model(lambda m, x: m.cell(x)[0], cell=nn.LSTMCell(6, 4)), ROWS),
+    "gru cell": (Model(lambda m, x: m.cell(x), cell=nn.GRUCell(6, 4)), ROWS),
+    "patches": (nn.Unfold(2, stride=2), IMAGE),
+    "triangle": (Model(lambda m, x: x.tril(1) + x.triu(-1)), IMAGE),
+    "transpose of matrices": (Model(lambda m, x: x.mT @ x), LINE),
+    "distance": (Model(lambda m, x: F.pairwise_distance(x[:, 0], x[:, 1])), LINE),
+    "multiply and add": (Model(lambda m, x: torch.addcmul(x, x, m.w, value=0.5), w=random(6, seed=5)), ROWS),
+    "interpolation": (Model(lambda m, x: torch.lerp(x, m.fc(x), 0.3), fc=nn.Linear(6, 6)), ROWS),
+    "normalisation across channels": (nn.LocalResponseNorm(2), IMAGE),
+}
+
+POWERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "fourth": lambda x: x**4,
+    "sixth": lambda x: x**6,
+    "fifth": lambda x: x**5,
+    "one and a half": lambda x: (x + 2) ** 1.5,
+    "third root": lambda x: (x + 2) ** (1 / 3),
+    "minus one and a half": lambda x: (x + 2) ** -1.5,
+    "minus two": lambda x: (x + 2) ** -2,
+    "hyperbolic": lambda x: torch.sinh(x) + torch.cosh(x) + torch.asinh(x) + torch.atan(x),
+    "log of a sum of exponentials": lambda x: x.view(-1, 2, 3).logsumexp(2),
+    "of all, dimensions kept": lambda x: x.view(-1, 2, 3).logsumexp((1, 2), keepdim=True),
+    "sign of itself": lambda x: x.sign() * x.abs().relu(),
+}
+
+
+class Bilinear(nn.Module):
+    """Of two inputs, with rows in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = nn.Bilinear(3, 2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows: Tensor = self.both(x.view(-1, 2, 3), x.view(-1, 2, 3)[..., 1:])
+        return rows + self.both(x[:, :3], x[:, 4:])[:, None]
+
+
 class Function(nn.Module):
     """A function of one tensor as a model."""
 
@@ -196,3 +245,22 @@ def test_the_textbook_suite_has_them_too(name: str) -> None:
 def test_shapes_and_sums(name: str) -> None:
     function, x = SHAPES[name]
     agrees(Function(function), x)
+
+
+@pytest.mark.parametrize("name", REWRITTEN)
+def test_operators_that_pytorch_writes_by_others(name: str) -> None:
+    agrees(*REWRITTEN[name])
+
+
+@pytest.mark.parametrize("name", POWERS)
+def test_powers_and_functions(name: str) -> None:
+    agrees(Function(POWERS[name]), ROWS)
+
+
+def test_a_bilinear_layer() -> None:
+    agrees(Bilinear(), ROWS)
+
+
+def test_an_even_power_is_never_negative() -> None:
+    """So that its root is defined, as in a power average pool."""
+    agrees(Function(lambda x: (x**4).sqrt() + (x.square() * 0.5).sqrt()), ROWS)

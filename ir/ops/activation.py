@@ -13,6 +13,7 @@ from tacit.ir.op import Sample
 from tacit.ir.ops import linear as fixed_linear
 from tacit.ir.ops import local, nonlinear
 from tacit.ir.ops.arithmetic import Add, AddScalar, MulScalar
+from tacit.ir.ops.known import Absolute
 from tacit.ir.ops.layer import Layer, real
 from tacit.ir.ops.model import ModelOp
 from tacit.ir.types import Batch
@@ -36,7 +37,8 @@ class ReLU(ModelOp):
 
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str:
-        return graph.emit(cls(), k["self"])
+        x: str = k["self"]
+        return x if isinstance(graph.op(x), Absolute) else graph.emit(cls(), x)
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         return args[0].relu()

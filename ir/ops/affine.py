@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -181,9 +183,12 @@ class Conv3d(Convolving):
         return F.conv3d(args[0], args[1], bias, self.stride, self.padding, self.dilation, self.groups)
 
     def expand(self, b: FixedBuilder, *args: str) -> str:
-        batch, (c, depth, h, w) = dim_at(b.types[args[0]].shape[0], 1), b.types[args[0]].at(1).dims[1:]
-        o, per_group, kd, kh, kw = b.real(args[1]).shape
-        x, pad = args[0], self.padding[0]
+        return self.convolved(b, args[0], args[1], args[2] if len(args) > 2 else None)
+
+    def convolved(self, b: FixedBuilder, x: str, weight: str, bias: str | None) -> str:
+        batch, (c, depth, h, w) = dim_at(b.types[x].shape[0], 1), b.types[x].at(1).dims[1:]
+        o, per_group, kd, kh, kw = b.real(weight).shape
+        pad = self.padding[0]
         if pad:
             x = b.emit(Pad((0, 0, 0, 0, pad, pad)), x)
         steps = (depth + 2 * pad - self.dilation[0] * (kd - 1) - 1) // self.stride[0] + 1
@@ -192,8 +197,7 @@ class Conv3d(Convolving):
         x = b.emit(Permute((0, 2, 1, 3, 4, 5)), b.emit(Reshape((c, steps, kd, h, w), batch), x))
         x = b.emit(Reshape((c * kd, h, w), batch * steps), x)
         op = fixed.FixedConv2d(self.stride[1:], self.padding[1:], self.dilation[1:], self.groups)
-        weight = b.derived(args[1], "2d", (o, per_group * kd, kh, kw))
-        out = b.product(op, x, weight, args[2] if len(args) > 2 else None, (-1, 1, 1))
+        out = b.product(op, x, b.derived(weight, "2d", (o, per_group * kd, kh, kw)), bias, (-1, 1, 1))
         oh, ow = b.types[out].at(1).dims[2:]
         return b.emit(Permute((0, 2, 1, 3, 4)), b.emit(Reshape((steps, o, oh, ow), batch), out))
 
@@ -204,14 +208,14 @@ class Conv3d(Convolving):
 
 @dataclass(frozen=True)
 class ConvTranspose(Convolving):
-    """torch.nn.ConvTranspose1d, 2d and 3d without depth: weights are (in, out / groups, kernel).
+    """torch.nn.ConvTranspose1d, 2d and 3d: weights are (in, out / groups, kernel).
 
     With stride s, output s y + a is a convolution of the input with every s-th tap of the kernel: one convolution for
     all s x s phases a at the input's resolution, and a rearrangement. Nothing is opened that is known to be zero.
     """
 
     name = "model.conv_transpose"
-    aten = ("aten.conv_transpose1d.default", "aten.conv_transpose2d.input")
+    aten = ("aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input")
 
     output_padding: tuple[int, ...] = (0, 0)
 
@@ -227,7 +231,7 @@ class ConvTranspose(Convolving):
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         bias, options = args[2] if len(args) > 2 else None, (self.stride, self.padding, self.output_padding)
-        function = F.conv_transpose1d if len(self.stride) == 1 else F.conv_transpose2d
+        function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[len(self.stride) - 1]
         return function(args[0], args[1], bias, *options, self.groups, self.dilation)
 
     def scaled(self, weight: Tensor, factor: Tensor) -> Tensor:
@@ -237,52 +241,54 @@ class ConvTranspose(Convolving):
 
     def _phases(self, weight: Tensor) -> Tensor:
         """(out x s x s, in / groups, K / s, K / s): the sub-kernels of all phases, flipped; kernels padded to K."""
-        i, per_group, kh, kw = weight.shape
-        (sh, sw), (dh, dw) = self._two(self.stride), self._two(self.dilation)
-        reach = [d * (k - 1) + 1 for k, d in ((kh, dh), (kw, dw))]
-        full = [-(-r // s) * s for r, s in zip(reach, (sh, sw), strict=True)]
-        wide = weight.new_zeros(i, per_group, *full)
-        wide[:, :, 0 : reach[0] : dh, 0 : reach[1] : dw] = weight
-        grouped = wide.reshape(self.groups, i // self.groups, per_group, full[0] // sh, sh, full[1] // sw, sw)
+        (i, per_group, *kernel), n = weight.shape, len(self.stride)
+        reach = [d * (k - 1) + 1 for k, d in zip(kernel, self.dilation, strict=True)]
+        taps = [-(-r // s) for r, s in zip(reach, self.stride, strict=True)]
+        wide = weight.new_zeros(i, per_group, *(t * s for t, s in zip(taps, self.stride, strict=True)))
+        places: list[slice] = [slice(0, r, d) for r, d in zip(reach, self.dilation, strict=True)]
+        wide[(slice(None), slice(None), *places)] = weight
+        pairs = [size for pair in zip(taps, self.stride, strict=True) for size in pair]
+        grouped = wide.reshape(self.groups, i // self.groups, per_group, *pairs)
         # group, out, phase, in, taps from the last to the first
-        phases = grouped.permute(0, 2, 4, 6, 1, 3, 5).flip(5, 6)
-        return phases.reshape(-1, i // self.groups, full[0] // sh, full[1] // sw)
-
-    @staticmethod
-    def _two(option: tuple[int, ...], one: int = 1) -> tuple[int, int]:
-        return (one, option[0]) if len(option) == 1 else (option[0], option[1])
+        order = (0, 2, *range(4, 4 + 2 * n, 2), 1, *range(3, 3 + 2 * n, 2))
+        phases = grouped.permute(order).flip(tuple(range(-n, 0)))
+        return phases.reshape(-1, i // self.groups, *taps)
 
     def expand(self, b: FixedBuilder, *args: str) -> str:
-        batch, (channels, *size) = dim_at(b.types[args[0]].shape[0], 1), b.types[args[0]].at(1).dims[1:]
-        weight = b.real(args[1])
-        flat = weight.dim() == 3
-        weight = weight[:, :, None] if flat else weight
-        x = b.emit(Reshape((channels, 1, size[0]), batch), args[0]) if flat else args[0]
-        (sh, sw), kernels = self._two(self.stride), self._phases(weight)
-        kh, kw = kernels.shape[2:]
-        conv = fixed.FixedConv2d((1, 1), (kh - 1, kw - 1), (1, 1), self.groups)
-        out = b.product(conv, x, b.new(args[1], "phases", kernels), None, ())
-        h, w = b.types[out].at(1).dims[2:]
-        o = len(kernels) // (sh * sw)
-        if sh * sw > 1:
-            out = b.emit(Permute((0, 1, 4, 2, 5, 3)), b.emit(Reshape((o, sh, sw, h, w), batch), out))
-            out = b.emit(Reshape((o, h * sh, w * sw), batch), out)
-        out = self._cut(b, out, weight.shape[2:], (1, size[0]) if flat else (size[0], size[1]))
-        out = b.plus_weight(out, args[2], (-1, 1, 1)) if len(args) > 2 else out
-        return b.emit(Reshape((o, b.types[out].at(1).dims[3]), batch), out) if flat else out
+        x, weight, n = args[0], b.real(args[1]), len(self.stride)
+        batch, (channels, *size) = dim_at(b.types[x].shape[0], 1), b.types[x].at(1).dims[1:]
+        if n == 1:  # images one pixel high
+            options = (
+                (1, *self.stride),
+                (0, *self.padding),
+                (1, *self.dilation),
+                self.groups,
+                (0, *self.output_padding),
+            )
+            flat = ConvTranspose(*options)
+            x = b.emit(Reshape((channels, 1, *size), batch), x)
+            out = flat.expand(b, x, b.derived(args[1], "2d", (*weight.shape[:2], 1, *weight.shape[2:])), *args[2:])
+            return b.emit(Reshape((b.types[out].at(1).dims[1], b.types[out].at(1).dims[3]), batch), out)
+        kernels = self._phases(weight)
+        ones, padding = (1,) * n, tuple(k - 1 for k in kernels.shape[2:])
+        phases = b.new(args[1], "phases", kernels)
+        if n == 2:
+            out = b.product(fixed.FixedConv2d(ones, padding, ones, self.groups), x, phases, None, ())
+        else:
+            out = Conv3d(ones, padding, ones, self.groups).convolved(b, x, phases, None)
+        if math.prod(self.stride) > 1:
+            o, found = len(kernels) // math.prod(self.stride), b.types[out].at(1).dims[2:]
+            between = [axis for i in range(n) for axis in (2 + n + i, 2 + i)]
+            out = b.emit(Permute((0, 1, *between)), b.emit(Reshape((o, *self.stride, *found), batch), out))
+            out = b.emit(Reshape((o, *(f * s for f, s in zip(found, self.stride, strict=True))), batch), out)
+        out = self._cut(b, out, weight.shape[2:], size)
+        return b.plus_weight(out, args[2], (-1, *ones)) if len(args) > 2 else out
 
-    def _cut(self, b: FixedBuilder, x: str, kernel: torch.Size, size: tuple[int, int]) -> str:
+    def _cut(self, b: FixedBuilder, x: str, kernel: torch.Size, size: Sequence[int]) -> str:
         """Drop the padding at both ends; what lies beyond the last tap is zero."""
         pads: list[int] = []
-        options = zip(
-            *(self._two(o, one) for o, one in ((self.stride, 1), (self.padding, 0), (self.dilation, 1))),
-            self._two(self.output_padding, 0),
-            kernel,
-            size,
-            b.types[x].at(1).dims[2:],
-            strict=True,
-        )
-        for s, p, d, extra, k, n, found in options:
+        options = (self.stride, self.padding, self.dilation, self.output_padding)
+        for s, p, d, extra, k, n, found in zip(*options, kernel, size, b.types[x].at(1).dims[2:], strict=True):
             wanted = (n - 1) * s - 2 * p + d * (k - 1) + extra + 1
             pads = [-p, wanted + p - found, *pads]
         return b.emit(Pad(tuple(pads)), x) if any(pads) else x
@@ -294,6 +300,9 @@ class ConvTranspose(Convolving):
             Sample(cls((2, 2), (1, 1), (1, 1), 1, (1, 1)), (x, w, real(2))),
             Sample(cls((3, 1), (0, 1), (1, 2), 2, (1, 0)), (x, w)),
             Sample(cls((2,), (1,), (1,), 1, (0,)), (real(_N, 4, 5), real(4, 2, 3))),
+            Sample(
+                cls((2, 1, 3), (1, 0, 1), (1, 2, 1), 2, (1, 0, 0)), (real(_N, 4, 3, 4, 2), real(4, 1, 3, 2, 2), real(2))
+            ),
         )
 
 
@@ -306,8 +315,6 @@ class Convolution(Layer):
     def capture(cls, graph: Capture, **k: Any) -> str:
         n = len(k["stride"])
         if k["transposed"]:
-            if n == 3:
-                graph.unsupported("a transposed convolution in three dimensions")
             return ConvTranspose.capture(graph, **k)
         return (Conv1d, Conv2d, Conv3d)[n - 1].capture(graph, **k)
 

@@ -13,6 +13,7 @@ from tacit.ir.op import Sample
 from tacit.ir.ops.arithmetic import MulScalar
 from tacit.ir.ops.layer import Layer, real
 from tacit.ir.ops.model import ModelOp
+from tacit.ir.ops.products import Times
 from tacit.ir.types import Batch
 
 if TYPE_CHECKING:
@@ -62,6 +63,10 @@ _PLAIN = {
     "rsqrt": "rsqrt",
     "sin": "sin",
     "cos": "cos",
+    "sinh": "sinh",
+    "cosh": "cosh",
+    "asinh": "asinh",
+    "atan": "atan",
 }
 
 
@@ -154,8 +159,11 @@ class Softplus(Layer):
         return graph.emit(MulScalar(1 / beta), graph.emit(Function("softplus"), graph.emit(MulScalar(beta), k["self"])))
 
 
+_ROOTS = {-1.0: "reciprocal", 0.5: "sqrt", -0.5: "rsqrt"}
+
+
 class Power(Layer):
-    """x to a constant exponent: a polynomial where it is a small positive integer."""
+    """x to a constant exponent: a polynomial where it is a small positive integer; of x > 0 where it is no integer."""
 
     aten = ("aten.pow.Tensor_Scalar", "aten.pow_.Scalar", "aten.square.default", "aten.reciprocal.default")
     batch_anywhere = True
@@ -165,16 +173,19 @@ class Power(Layer):
         name = graph.target.split(".")[1]
         if name == "reciprocal":
             return graph.emit(Function("reciprocal"), k["self"])
-        exponent = 2.0 if name == "square" else graph.scalar(k["exponent"])
-        x: str = k["self"]
+        return cls.of(graph, k["self"], 2.0 if name == "square" else graph.scalar(k["exponent"]))
+
+    @classmethod
+    def of(cls, graph: Capture, x: str, exponent: float) -> str:
         if exponent == 1:
             return x
-        if exponent in (2.0, 3.0):
-            return graph.emit(Function("integer_power", (exponent,)), x)
-        if exponent == -1:
-            return graph.emit(Function("reciprocal"), x)
-        if exponent in (0.5, -0.5):
-            return graph.emit(Function("sqrt" if exponent > 0 else "rsqrt"), x)
-        if exponent == int(exponent) and exponent > 0:
-            return graph.emit(Function("integer_power", (exponent,)), x)
-        graph.unsupported(f"the power {exponent}; exponents are positive integers, 0.5, -0.5 and -1")
+        if exponent in _ROOTS:
+            return graph.emit(Function(_ROOTS[exponent]), x)
+        if exponent == 0:
+            graph.unsupported("the power 0, which is 1 for every input")
+        if exponent < 0:
+            return graph.emit(Function("inverse_power", (-exponent,)), x)
+        if exponent % 2 == 0:  # never negative, which no polynomial near it promises
+            half = cls.of(graph, x, exponent / 2)
+            return graph.emit(Times(), half, half)
+        return graph.emit(Function("integer_power" if exponent.is_integer() else "power", (exponent,)), x)

@@ -124,16 +124,28 @@ class Logic(Layer):
         return together(graph, either, graph.emit(MulScalar(-1.0), twice), 0.0)
 
 
-class Sign(Layer):
+@dataclass(frozen=True)
+class Sign(ModelOp):
     """[x > 0] + [x >= 0] - 1."""
 
+    name = "model.sign"
     aten = ("aten.sign.default",)
     batch_anywhere = True
 
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str:
-        above, at_least = (graph.emit(Comparison(strict), k["self"]) for strict in (True, False))
-        return together(graph, above, at_least, -1.0)
+        return graph.emit(cls(), k["self"])
+
+    def reference(self, oracle: Any, *args: Tensor) -> Tensor:
+        return args[0].sign()
+
+    def expand(self, b: FixedBuilder, *args: str) -> str:
+        above, at_least = (Comparison(strict).expand(b, args[0]) for strict in (True, False))
+        return b.plus_scalar(b.emit(local.Add(), above, at_least), -1.0)
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        return (Sample(cls(), (real(_N, 7),)),)
 
 
 class Where(Layer):

@@ -157,6 +157,24 @@ def constant_on_the_right(graph: Capture, x: str, w: str) -> str:
     return graph.emit(Linear(), x, graph.constant("transposed", value.t().contiguous()))
 
 
+class Bilinear(Layer):
+    """torch.nn.Bilinear: x1 times a matrix for each result, and the scalar products of the rows with x2."""
+
+    aten = ("aten.bilinear.default",)
+
+    @classmethod
+    def capture(cls, graph: Capture, **k: Any) -> str:
+        graph.require_weights(k, "weight", "bias")
+        x, y, weight = k["input1"], k["input2"], graph.value(k["weight"])
+        out, left, right = weight.shape
+        lead = graph.fixed_shape(x)[1:-1]
+        rows = graph.constant("rows", weight.permute(0, 2, 1).reshape(out * right, left).contiguous())
+        matrix = reshaped(graph, graph.emit(Linear(), x, rows), (*lead, out, right))
+        times = MatrixProduct.of(graph, matrix, reshaped(graph, y, (*lead, right, 1)))
+        total = reshaped(graph, times, (*lead, out))
+        return total if k["bias"] is None else graph.emit(Add(), total, k["bias"])
+
+
 class Einsum(Layer):
     """einsum of two operands, without ellipses, diagonals, or letters of one operand that are summed alone."""
 
@@ -220,12 +238,17 @@ class Einsum(Layer):
 
 
 def product(graph: Capture, x: str, y: str) -> str:
-    """x y; as a selection where one of them is the result of a comparison."""
-    from tacit.ir.ops.compare import Comparison, selected
+    """x y; as a selection where one of them is the result of a comparison; sign(x) |x| is x."""
+    from tacit.ir.ops.compare import Comparison, Sign, selected
+    from tacit.ir.ops.known import Absolute
 
     for bit, value in ((x, y), (y, x)):
         if isinstance(graph.op(bit), Comparison):
             return selected(graph, bit, value, None)
+        if isinstance(graph.op(bit), Sign) and isinstance(graph.op(value), Absolute):
+            (signed,), (other,) = graph.operands(bit), graph.operands(value)
+            if signed == other:
+                return signed
     return graph.emit(Times(), x, y)
 
 

@@ -22,7 +22,7 @@ from tacit.ir.ops.compare import MASKED
 from tacit.ir.ops.known import WithinHull
 from tacit.ir.ops.layer import Layer, real
 from tacit.ir.ops.model import ModelOp
-from tacit.ir.ops.moves import Permute, Reshape
+from tacit.ir.ops.moves import Permute, Reshape, reshaped
 from tacit.ir.ops.nonlinear import FixedMaxPool2d
 from tacit.ir.types import Batch, Type, dim_at
 
@@ -108,6 +108,44 @@ class Softmax(ModelOp):
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
         return Sample(cls(1), (real(_N, 7),)), Sample(cls(2, True), (real(_N, 3, 5),))
+
+
+@dataclass(frozen=True)
+class LogSumExp(ModelOp):
+    """torch.logsumexp along a dimension, which stays: the maximum, nearly, and the log of the sum above it."""
+
+    name = "model.log_sum_exp"
+    batch_anywhere = True
+
+    dim: int
+
+    def reference(self, oracle: Any, *args: Tensor) -> Tensor:
+        return torch.logsumexp(args[0], self.dim, keepdim=True)
+
+    def expand(self, b: FixedBuilder, *args: str) -> str:
+        x = b.at_activation_scale(args[0])
+        _, _, total = exponentials(b, x, self.dim)
+        return b.plus(b.function("log", total), _near_maximum(b, x, self.dim))  # the one that was subtracted
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        return (Sample(cls(1), (real(_N, 7),)),)
+
+
+class LogSumExpAlong(Layer):
+    """torch.logsumexp along any dimensions."""
+
+    aten = ("aten.logsumexp.default",)
+    axes = ("dim",)
+    batch_anywhere = True
+
+    @classmethod
+    def capture(cls, graph: Capture, **k: Any) -> str:
+        out = k["self"]
+        for dim in k["dim"]:
+            out = graph.emit(LogSumExp(dim), out)
+        left = [size for i, size in enumerate(graph.fixed_shape(out)) if i and i not in k["dim"]]
+        return out if k["keepdim"] else reshaped(graph, out, left)
 
 
 @dataclass(frozen=True)
