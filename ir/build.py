@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -26,12 +26,16 @@ class Label(str):
 
 
 class Builder:
-    """Collects nodes; infers the type of each from its operands."""
+    """Collects nodes; infers the type of each from its operands.
 
-    def __init__(self, level: Level) -> None:
+    reserved: names that lines to come will bear, and that no line in between may take.
+    """
+
+    def __init__(self, level: Level, *, reserved: Iterable[str] = ()) -> None:
         self.level = level
         self.nodes: list[Node] = []
         self.types: dict[str, Type] = {}
+        self._reserved = frozenset(reserved)
         self.path = ""
         self.source = ""
         self.origin = ""
@@ -49,7 +53,7 @@ class Builder:
         while True:
             name = f"{prefix}{self._count}"
             self._count += 1
-            if name not in self.types:
+            if name not in self.types and name not in self._reserved:
                 return name
 
     def declare(self, op: Op, declared: Type, *, name: str) -> str:

@@ -138,7 +138,7 @@ SUITES: Mapping[str, Mapping[type[Op], Lowering]] = {"fused": FUSED, "securenn":
 def lower_to_protocol(draft: Draft) -> Draft:
     """Replace every op of the fixed level by a subprotocol of the plan's suite; local ops stay."""
     plan, suite = draft.plan, SUITES[draft.plan.protocol]
-    b = Builder(Level.PROTOCOL)
+    b = Builder(Level.PROTOCOL, reserved=(node.name for node in plan.nodes))
     for node in plan.nodes:
         with b.at(node.path, node.source, node.origin):
             _lower(b, node, suite)

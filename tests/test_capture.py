@@ -205,6 +205,11 @@ def test_both_suites_agree_on_a_small_network(protocol: str) -> None:
     agrees(model, IMAGE, protocol=protocol)
 
 
+def test_lines_of_a_suite_take_no_names_of_later_lines() -> None:
+    model = Model(lambda m, x: m.fc(m.fc(x).clamp(-0.5, 0.8)).clamp(-0.5, 0.5) + x, fc=nn.Linear(6, 6))
+    agrees(model, ROWS, protocol="securenn")
+
+
 def test_batch_norm_is_folded_where_its_layer_has_no_other_use() -> None:
     folded = agrees(LAYERS["batch norm behind conv"], IMAGE)
     assert [op for op in ops(folded) if op in ("conv2d", "mul")] == ["conv2d"]
