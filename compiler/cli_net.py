@@ -14,12 +14,15 @@ import typer
 
 from tacit.cli_shared import AsJson, Failure, answer_object, answer_text, clear_errors, read_array, save_answer
 from tacit.ir.cost import P0, ROLES
+from tacit.progress import track, waiting
 
 if TYPE_CHECKING:
     from tacit.runtime.net.deployment import Deployment, Identity
 
 DeploymentFile = Annotated[Path, typer.Option("--deployment", metavar="FILE", help="deployment.toml.")]
 IdentityFolder = Annotated[Path, typer.Option("--identity", metavar="DIR", help="Folder with cert.pem and key.pem.")]
+
+_STEPS = 20  # of a progress bar: each is a connection of its own
 
 deploy = typer.Typer(help="Make the files of a deployment.", no_args_is_help=True)
 owner = typer.Typer(help="What the model owner does.", no_args_is_help=True)
@@ -110,7 +113,7 @@ def push_command(
     """Share a saved model's weights between P0 and P1, once; returns when requests are served."""
     from tacit.remote import push
 
-    with clear_errors():
+    with clear_errors(), waiting("sharing the weights"):
         sent = push(deployment, identity, model)
     typer.echo(f"pushed    {model}: {sent:,} bytes of shares; the parties serve it")
 
@@ -135,7 +138,7 @@ def predict_command(
     with clear_errors():
         pinned = None if plan is None else read_plan(plan / PLAN_FILE if plan.is_dir() else plan)
         arrays = [read_array(path) for path in inputs]
-        with connect(deployment, identity, plan=pinned) as remote:
+        with connect(deployment, identity, plan=pinned) as remote, waiting("encrypted inference"):
             answer = remote.predict(*arrays, timeout=timeout)
             measured = remote.last_run
         if output is not None:
@@ -161,9 +164,11 @@ def deal_command(
 
     with clear_errors():
         found, who = _read(deployment, identity)
-        seconds = found.limits.request_seconds * count
-        answer = ask(found, who, P0, "deal", seconds, count=count, batch=batch)
-        level = answer.integer("level", 0, 1 << 62)
+        each = -(-count // _STEPS)
+        sizes = [min(each, count - done) for done in range(0, count, each)]
+        for size in track(sizes, f"dealing {count} of batch {batch}"):
+            answer = ask(found, who, P0, "deal", found.limits.request_seconds * size, count=size, batch=batch)
+            level = answer.integer("level", 0, 1 << 62)
     typer.echo(f"dealt     {count} of batch {batch}; {level} in the store")
 
 

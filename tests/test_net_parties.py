@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from net_harness import Trio, close_to, compiled, images, small_model
+from typer.testing import CliRunner
 
 import tacit
+from tacit.cli import app
 from tacit.ir.cost import P0, P1, P2, ROLES
 from tacit.ir.errors import InputError, PartyError, RefusedError
 from tacit.runtime.net.coordinator import Coordinator
@@ -142,6 +144,15 @@ def test_metrics_are_prometheus_text(place: Trio) -> None:
     assert 'tacit_requests_total{outcome="answered"}' in text
     for name in ("tacit_rounds_total", "tacit_payload_bytes_total", "tacit_request_seconds_bucket", "tacit_ready 1.0"):
         assert name in text
+
+
+def test_dealing_ahead_in_steps(place: Trio) -> None:
+    """A command that deals many batches does so in a few calls, for its progress bar: none is lost in between."""
+    options = ["--deployment", str(place.file), "--identity", str(place.folder / "P2")]
+    result = CliRunner().invoke(app, ["deal", "--count", "45", "--batch", "3", *options])
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "dealt     45 of batch 3; 45 in the store\n"
+    assert result.stderr == ""  # not a terminal
 
 
 def test_the_store(tmp_path: Path) -> None:
