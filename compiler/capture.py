@@ -119,6 +119,12 @@ class Capture(Graph):
             self.unsupported(
                 f"input '{node.name}' has no symbolic batch as its first dimension: export with a dynamic one"
             )
+        dynamic = [str(i) for i, size in enumerate(value.shape) if i and not isinstance(size, int)]
+        if dynamic:
+            self.unsupported(
+                f"dimension {', '.join(dynamic)} of input '{node.name}' is dynamic, but a plan is for one size: export "
+                "with the batch alone dynamic, once for each size; pad to the largest where there are many"
+            )
         self.constants.symbols |= value.shape[0].node.expr.free_symbols
         if not self._ranges:
             raise CompileError("the model takes more inputs than there are examples")

@@ -240,7 +240,11 @@ class SelfAttention(nn.Module):
 
 
 class Head(nn.Module):
-    """Features and logits of what a body gives, in the structure that `results` names; maybe of a second input too."""
+    """Features and logits of what a body gives, in the structure that `results` names; maybe of a second input too.
+
+    gain: what the body's weights were multiplied by, so that values leave the ranges in which functions are nearly
+    linear; an error inside the body grows as much.
+    """
 
     RESULTS = ("logits", "log softmax", "sorted", "pair", "dictionary")
 
@@ -250,6 +254,7 @@ class Head(nn.Module):
         super().__init__()
         self.body, self.pool, self.act, self.results = body, pool, act, results
         self.wide, self.logits = nn.Linear(features + extra, 5), nn.Linear(5, 3)
+        self.gain = 1
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Any:
         pooled = self.pool(self.body(x)).flatten(1)
@@ -371,7 +376,7 @@ def sequence_layer(draw: Draw, shape: Shape, shares: tuple[int, int]) -> nn.Modu
     return _named(draw, "", ALIKE, shares) if kind == "alike" else draw(activations(length))
 
 
-Network = tuple[nn.Module, tuple[Tensor, ...]]
+Network = tuple[Head, tuple[Tensor, ...]]
 
 
 def _stacked(
@@ -398,10 +403,10 @@ def _finished(draw: Draw, body: nn.Module, pool: nn.Module, y: Tensor, inputs: l
     extra = 2 if draw(st.integers(0, 5)) == 5 else 0
     results = draw(st.sampled_from(Head.RESULTS))
     model = seeded(Head(body, pool, features, draw(activations(5)), extra, results))
-    loud = draw(st.sampled_from((1, 1, 3)))  # so that values leave the ranges in which everything is nearly linear
+    model.gain = draw(st.sampled_from((1, 1, 3)))
     with torch.no_grad():
-        for value in model.parameters():
-            value.mul_(loud)
+        for value in body.parameters():
+            value.mul_(model.gain)
     return model, (*inputs, *([random(2, extra, seed=3)] if extra else []))
 
 

@@ -49,10 +49,11 @@ def test_inputs_of_other_types_are_refused(dtype: torch.dtype) -> None:
     assert "float" in told(nn.ReLU().eval(), ROWS.to(dtype))
 
 
-def test_a_second_dynamic_dimension_is_refused() -> None:
+def test_a_second_dynamic_dimension_is_refused(rewrite: bool) -> None:  # noqa: F811
     dynamic = torch.export.Dim.DYNAMIC
     program = torch.export.export(
         nn.Conv2d(1, 1, 3).eval(), (torch.rand(2, 1, 8, 8),), dynamic_shapes=({0: dynamic, 2: dynamic},)
     )
     text = told(program, torch.rand(2, 1, 8, 8))
-    assert "neither fixed nor a multiple of the batch" in text
+    assert "dimension 2 of input 'input'" in text
+    golden("error_dynamic_size", text, rewrite)
