@@ -1,6 +1,11 @@
 """One option: rewrite the golden files instead of comparing with them. Review the result as a diff."""
 
 import pytest
+from hypothesis import settings
+
+# An example's duration says nothing of the code on a machine that does other work beside it.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
