@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from tacit import networks
 from tacit.driver import compile as compile_model
 from tacit.ir.cost import ROLES
 from tacit.ir.errors import CompileError
+from tacit.machine import peak_memory
 from tacit.progress import track
 from tacit.runtime.channel import NETWORKS
 from tacit.runtime.timeline import Profile
@@ -152,7 +152,7 @@ def bench(
         run.rounds,
         run.online_bytes,
         run.offline_bytes,
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_memory(),
         profile,
     )
 

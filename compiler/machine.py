@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import resource
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +34,19 @@ OVERHEAD = {"offline": ("phase", "items"), "online": ("phase", "round", "items",
 _ROUNDS, _RUNS = 3, 4  # of all networks, and of each in a round
 _LATENCY = 1e-3
 _MANY = 512  # rows that are not little any more for that network
+
+
+def peak_memory() -> int:
+    """The most memory that this process has had resident, in bytes.
+
+    By the kernel's account of its address space: getrusage, on Linux, counts what the process that started this one
+    had, too.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def machine() -> Machine:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 
 from tacit.driver import compile as compile_model
 from tacit.ir.errors import CompileError
+from tacit.machine import peak_memory
 from tacit.progress import waiting
 from tacit.secure import Secure
 from tacit.vision import import_torchvision
@@ -86,7 +86,7 @@ def _compiled(name: str) -> tuple[Row, Secure | None]:
         return Row(name, parameters, time.perf_counter() - begin, time.process_time() - cpu, error=str(error)), None
     seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
     cost = secure.plan.cost()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory()
     return Row(name, parameters, seconds, cpu, cost.rounds, cost.online_bytes, cost.offline_bytes, peak), secure
 
 

@@ -149,13 +149,15 @@ class FixedBuilder(Builder):
     def _encode(self, label: str, value: Tensor, frac: int) -> str:
         from tacit.ir.ops.roles import Weight
 
-        scaled = (value.double() * 2.0**frac).round_()
+        scaled = value.to(torch.float64, copy=True).mul_(2.0**frac).round_()
         low, high = (float(end) for end in torch.aminmax(scaled))
         if not -(2.0**62) < low <= high < 2.0**62:  # NaN is not below anything
             raise CompileError(f"weight '{label}' holds NaN, infinity, or a value too large for {frac} fractional bits")
         copies = sum(name == label or name.startswith(f"{label}.copy") for name in self.encoded)
         unique = f"{label}.copy{copies}" if copies else str(label)
-        self.encoded[unique] = scaled.to(torch.int64)
+        # Several drafts are held while scales and rings are tried out: nearly all weights take half of 64 bits.
+        small = -(2.0**31) <= low <= high < 2.0**31
+        self.encoded[unique] = scaled.to(torch.int32 if small else torch.int64)
         declared = Type("secret", tuple(value.shape), frac)
         return self.declare(Weight(unique), declared, name=self.fresh("w"))
 

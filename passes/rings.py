@@ -27,12 +27,12 @@ def choose_rings(draft: Draft) -> Draft:
     or gives is in one ring. The weights are then held in words of their ring.
     """
     plan = draft.plan
-    if plan.protocol != _SUITE:
-        return draft
-    small: set[str] = set().union(*(part for part in _shared_rings(plan) if _least_ring(plan, part) <= SMALL_RING_BITS))
-    plan = plan.with_nodes(_placed(node) if node.name in small else node for node in plan.nodes)
+    if plan.protocol == _SUITE:
+        fit = (part for part in _shared_rings(plan) if _least_ring(plan, part) <= SMALL_RING_BITS)
+        small: set[str] = set().union(*fit)
+        plan = plan.with_nodes(_placed(node) if node.name in small else node for node in plan.nodes)
     dtypes = {node.op.label: node.type.dtype for node in plan.find(Weight)}  # type: ignore[attr-defined]
-    return draft.with_(plan, {label: w.to(dtypes.get(label, w.dtype)) for label, w in draft.weights.items()})
+    return draft.with_(plan, {label: draft.weights[label].to(dtype) for label, dtype in dtypes.items()})
 
 
 def _shared_rings(plan: Plan) -> list[set[str]]:
@@ -96,6 +96,7 @@ def spare_weight_bits(draft: Draft) -> Draft:
             kept = _accurate(model, chosen, limit)
             if kept == chosen:
                 return replace(tried, model=None)
+        del tried  # its weights, before the next ones
         chosen = kept
     return draft
 

@@ -101,7 +101,7 @@ def test_no_input_inside_the_declared_range_leaves_a_proved_interval(name: str) 
         values: dict[str, Tensor] = {}
         for node in fixed.plan.nodes:
             if isinstance(node.op, Weight):
-                values[node.name] = fixed.weights[node.op.label]
+                values[node.name] = fixed.weights[node.op.label].long()
                 continue
             if isinstance(node.op, Input):
                 values[node.name] = torch.round(inputs * 2.0**node.type.frac).long()
