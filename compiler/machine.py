@@ -1,6 +1,7 @@
-"""How fast this machine is: a few small networks run once, the features of their work fitted to the time it took.
+"""What a process took of this machine, and how fast it is: a few small networks run once, the features of their work
+fitted to the time it took.
 
-The result is kept in the user's cache folder under the processor's name and the version of Tacit's code.
+That result is kept in the user's cache folder under the processor's name and the version of Tacit's code.
 """
 
 from __future__ import annotations

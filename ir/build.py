@@ -10,7 +10,7 @@ import torch
 from tacit.ir.errors import CompileError, PlanError
 from tacit.ir.op import Level, Op, inferred
 from tacit.ir.plan import Node, Plan
-from tacit.ir.types import Type
+from tacit.ir.types import DTYPES, RING_BITS, SMALL_RING_BITS, Type, bits_for
 
 Tensor = torch.Tensor
 
@@ -156,8 +156,8 @@ class FixedBuilder(Builder):
         copies = sum(name == label or name.startswith(f"{label}.copy") for name in self.encoded)
         unique = f"{label}.copy{copies}" if copies else str(label)
         # Several drafts are held while scales and rings are tried out: nearly all weights take half of 64 bits.
-        small = -(2.0**31) <= low <= high < 2.0**31
-        self.encoded[unique] = scaled.to(torch.int32 if small else torch.int64)
+        small = bits_for(low, high) <= SMALL_RING_BITS
+        self.encoded[unique] = scaled.to(DTYPES[SMALL_RING_BITS if small else RING_BITS])
         declared = Type("secret", tuple(value.shape), frac)
         return self.declare(Weight(unique), declared, name=self.fresh("w"))
 

@@ -20,7 +20,7 @@ _ELEMENTS = 1 << 27
 @dataclass(frozen=True)
 class Draft:
     """What passes hand on. Weights are as the model has them at the model level, ring integers below: in the
-    smallest words that hold them, and in those of their ring once that is chosen.
+    words of the smaller ring where they fit, and in those of their own once it is chosen.
 
     The plan alone is public. It and the weights travel together, because folding a batch norm or choosing a
     scale changes both.

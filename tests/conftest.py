@@ -1,4 +1,4 @@
-"""One option: rewrite the golden files instead of comparing with them. Review the result as a diff."""
+"""Property tests without a time limit for an example; an option that rewrites the golden files: review the diff."""
 
 import pytest
 from hypothesis import settings

@@ -160,7 +160,7 @@ def test_bit_packing_takes_a_bit_for_a_bit() -> None:
 
 
 @given(st.lists(int64s, min_size=1, max_size=20), st.integers(1, 62), st.integers(0, 2**64 - 1))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_truncation_kernel_at_the_edges(values: list[int], bits: int, r: int) -> None:
     x = torch.tensor(values).clamp(-(2**62), 2**62 - 1)
     mask = torch.full_like(x, ring.wrapped(r))
@@ -175,7 +175,7 @@ def test_truncation_kernel_at_the_edges(values: list[int], bits: int, r: int) ->
 
 
 @given(st.lists(st.tuples(int64s, int64s), min_size=1, max_size=20))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_odd_ring_arithmetic(pairs: list[tuple[int, int]]) -> None:
     modulus = 2**64 - 1
     a, b = (torch.tensor([v if v != -1 else 0 for v in column]) for column in zip(*pairs, strict=True))

@@ -69,7 +69,6 @@ def networks(part: int = 0, parts: int = 1) -> st.SearchStrategy[Network]:
 
 
 QUIET = settings(
-    deadline=None,
     database=None,
     phases=(Phase.generate, Phase.shrink),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

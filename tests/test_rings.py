@@ -15,6 +15,7 @@ from tacit import networks
 from tacit.ir.errors import PlanError
 from tacit.ir.ops.linear import Product
 from tacit.ir.ops.nonlinear import ReLU, Trunc
+from tacit.ir.ops.roles import Weight
 from tacit.ir.plan import Plan
 from tacit.ir.types import Type
 from tacit.passes import Draft, stages
@@ -194,6 +195,21 @@ def test_weights_give_up_bits_only_where_the_logits_bear_it() -> None:
     assert weights["0.weight"] < 16
     # Eight bits are too few for these logits already; and what fits is left as it is.
     assert spare_weight_bits(coarse).plan is coarse.plan
+
+
+@pytest.mark.parametrize("protocol", ["fused", "securenn"])
+def test_weights_are_held_in_small_words_until_their_ring_is_chosen(protocol: str) -> None:
+    from tacit.driver import prepare
+
+    model, x = seeded(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))), images(8, 6)
+    drafts = dict(stages(prepare(model, x, input_range=(-1, 1), frac_bits=20, protocol=protocol)))
+    assert drafts["bound_ranges"].weights["0.weight"].dtype == torch.int32
+    last = drafts["number_lines"]
+    for node in last.plan.nodes:
+        if isinstance(node.op, Weight):
+            assert last.weights[node.op.label].dtype == node.type.dtype
+            small = drafts["bound_ranges"].weights[node.op.label]
+            assert torch.equal(small.long(), last.weights[node.op.label].long())
 
 
 def test_overflow_of_the_small_ring_is_found() -> None:

@@ -61,6 +61,14 @@ def test_memory_is_in_proportion_to_the_model() -> None:
     assert row["peak_bytes"] < 24 * row["parameters"] + 2**30
 
 
+def test_the_peak_of_memory_is_not_that_of_the_process_that_started_it() -> None:
+    """The kernel hands the parent's peak on to what getrusage says."""
+    child = "from tacit.machine import peak_memory; print(peak_memory())"
+    parent = f"import subprocess, sys; x = b'x' * 2**31; subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    found = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True, timeout=120)
+    assert 2**20 < int(found.stdout) < 2**31
+
+
 def test_an_unknown_model_is_refused() -> None:
     with pytest.raises(tacit.CompileError, match="resnet51"):
         zoo.build("resnet51")
