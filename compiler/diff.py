@@ -17,7 +17,7 @@ from tacit.passes import stages
 from tacit.progress import waiting
 from tacit.runtime.overflow import headroom, limit, magnitude
 from tacit.runtime.reference import interpret
-from tacit.secure import Secure
+from tacit.secure import check_inputs
 
 Tensor = torch.Tensor
 TOLERANCE = 2.0**-8
@@ -69,8 +69,7 @@ def _diff(model: Model, inputs: tuple[Any, ...], tolerance: float, options: Mapp
     for _, found in stages(draft):
         float_plan = found if found.plan.level is Level.MODEL else float_plan
         final = found
-    secure = Secure(final.plan, final.weights)
-    checked = secure._checked(inputs)
+    checked = check_inputs(final.plan, inputs)
     exact = interpret(float_plan.plan, float_plan.weights, checked)
     fixed = interpret(final.plan, final.weights, checked)
     became = _became(final.plan)

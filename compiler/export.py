@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import linecache
 import logging
+import os
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.export import Dim, ExportedProgram, ShapesCollection
@@ -27,10 +30,37 @@ _FIXED = (
     "A shape fixes the batch: take the batch from the input, as in x.shape[0] or x.flatten(1), and create constants "
     "without a batch dimension"
 )
+_T = TypeVar("_T")
+_P = ParamSpec("_P")
 _MOST_REWRITES = 4  # what a rule writes may need another
 _OTHER = "Usual causes: control flow that depends on values, or a shape that fixes the batch"
 
 
+_exporting = threading.RLock()
+
+
+def _renew_lock() -> None:
+    """In a forked process: a lock that another thread held is held for ever."""
+    global _exporting
+    _exporting = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+def _one_at_a_time(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """torch.export changes PyTorch for all threads while it runs, and warnings are filtered for all of them."""
+
+    @wraps(function)
+    def alone(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with _exporting:
+            return function(*args, **kwargs)
+
+    return alone
+
+
+@_one_at_a_time
 def export(model: torch.nn.Module | ExportedProgram, examples: Sequence[Any]) -> ExportedProgram:
     """The exported graph, with a symbolic batch; raises CompileError. `examples` may be nested."""
     if isinstance(model, ExportedProgram):
@@ -136,6 +166,7 @@ def _without_noise() -> Iterator[None]:
         yield
 
 
+@_one_at_a_time
 def simplified(program: ExportedProgram, known: Collection[str]) -> ExportedProgram:
     """The program without in-place operators that other values could notice, and in terms of `known` operators.
 

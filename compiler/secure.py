@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from tacit.ir.plan import Node, Plan
 from tacit.progress import log, track, waiting
 from tacit.runtime import ring
 from tacit.runtime.channel import LinkModel
+from tacit.runtime.cores import on_one_core, surviving_fork
 from tacit.runtime.overflow import interpret_checked
 from tacit.runtime.reference import compare, interpret
 from tacit.runtime.session import Run, Session, Trace
@@ -31,12 +34,27 @@ PLAN_FILE, WEIGHTS_FILE = "plan.txt", "weights.safetensors"
 _DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64)}
 
 
+_ALIVE: weakref.WeakSet[Secure] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    """In a forked process: a lock that another thread held is held for ever."""
+    for secure in list(_ALIVE):
+        secure._opening = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
+
+
 class Secure:
     """A plan, and the weights of its owner as ring integers.
 
     Calling it runs one inference of a batch among three virtual parties, with the client and the owner as roles of
     their own: same arguments as the model, plus the targets for reveal="correct". The first call opens a session,
-    which shares the weights once; later calls reuse it.
+    which shares the weights once; later calls reuse it. Threads may call it side by side, and a call that fails
+    disturbs no other; after a fork each process has a session of its own, and so has every copy. A pickle holds the
+    weights: it is as secret as the weights file. `last_run` is what the call that ended last has measured.
     """
 
     def __init__(self, plan: Plan, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
@@ -45,14 +63,23 @@ class Secure:
         self._weights = dict(weights)
         self._dtype = dtype
         self._session: Session | None = None
+        self._opening = threading.Lock()
+        _ALIVE.add(self)
 
     def __repr__(self) -> str:
         return f"<Secure {self.plan!r}>"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Plan and weights: a copy opens a session of its own, as two owners of one would use the same masks."""
+        return {"plan": self.plan, "weights": self._weights, "dtype": self._dtype}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Secure.__init__(self, state["plan"], state["weights"], state["dtype"])
+
     def __call__(self, *inputs: Any) -> Any:
         """Encrypted inference; raises InputError before anything is shared if an input does not fit."""
         answer, _ = self._run(inputs, trace=False)
-        return self._decoded(answer)
+        return answer
 
     def reference(self, *inputs: Any, check: bool = False) -> Any:
         """The clear oracle: the same fixed-point arithmetic without cryptography, truncations rounded to nearest.
@@ -60,10 +87,13 @@ class Secure:
         With `check`, raises RangeError at the first line of which a value leaves the range that the plan states.
         """
         run = interpret_checked if check else interpret
-        checked = self._checked(inputs)
+
+        def work() -> Any:
+            values = run(self.plan, self._weights, check_inputs(self.plan, inputs))
+            return decode_answer(self.plan, values[self.plan.result], self._dtype)
+
         with waiting("the clear oracle"):
-            values = run(self.plan, self._weights, checked)
-        return self._decoded(values[self.plan.result])
+            return surviving_fork(work)
 
     def check(self, *inputs: Any) -> Any:
         """A secure run compared with the oracle under the same public truncation offsets, bit for bit at every line.
@@ -73,26 +103,23 @@ class Secure:
         """
         answer, trace = self._run(inputs, trace=True)
         assert trace is not None
-        with waiting("the clear oracle"):
-            clear = interpret(self.plan, self._weights, self._checked(inputs), trace.offsets)
-            compare(self.plan, trace.values, clear)
-        return self._decoded(answer)
 
-    def _run(self, inputs: tuple[Any, ...], *, trace: bool) -> tuple[Tensor, Trace | None]:
-        checked = self._checked(inputs)
-        encoded = encode_inputs(self.plan, checked)
+        def work() -> None:
+            clear = interpret(self.plan, self._weights, check_inputs(self.plan, inputs), trace.offsets)
+            compare(self.plan, trace.values, clear)
+
+        with waiting("the clear oracle"):
+            surviving_fork(work)
+        return answer
+
+    def _run(self, inputs: tuple[Any, ...], *, trace: bool) -> tuple[Any, Trace | None]:
+        encoded = self._encoded(inputs)
         session = self.session()
-        try:
-            with waiting("dealing"):
-                dealt = session.deal(len(next(iter(encoded.values()))))
-            with waiting("encrypted inference"):
-                answer, self.last_run, opened = session.infer(dealt, encoded, trace=trace)
-            log.debug("batch of %d: %s", dealt.batch, self.last_run)
-        except BaseException:
-            self._session = None  # a failed session is not used again
-            session.close()
-            raise
-        return answer, opened
+        with waiting("encrypted inference"):
+            answer, run, opened = session.request(encoded, trace=trace)
+        self.last_run = run
+        log.debug("batch of %d: %s", run.batch, run)
+        return self._decoded(answer), opened
 
     def stream(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The answers to many batches, in order; the material of each is dealt while the one before it is online.
@@ -100,21 +127,11 @@ class Secure:
         An item is a batch as the model takes it, or a tuple of its arguments. One item is read ahead of the answers.
         Raises InputError at the first item that does not fit, before anything of it is shared.
         """
-        session, finished = self.session(), False
         count = len(batches) if isinstance(batches, Sized) else None
-        try:
-            for answer, run in track(session.stream(self._encoded(batches)), "encrypted inference", total=count):
-                self.last_run = run
-                yield self._decoded(answer)
-            finished = True
-        finally:
-            if not finished:  # given up, or failed: not used again
-                self._session = None
-                session.close()
-
-    def _encoded(self, batches: Iterable[Any]) -> Iterator[dict[str, Tensor]]:
-        for item in batches:
-            yield encode_inputs(self.plan, self._checked(item if isinstance(item, tuple) else (item,)))
+        encoded = (self._encoded(item if isinstance(item, tuple) else (item,)) for item in batches)
+        for answer, run in track(self.session().stream(encoded), "encrypted inference", total=count):
+            self.last_run = run
+            yield self._decoded(answer)
 
     def trace(self, *inputs: Any) -> Any:
         """As a call, with a file name last: writes what each party did when, for chrome://tracing or ui.perfetto.dev.
@@ -125,30 +142,29 @@ class Secure:
         *arguments, file = inputs
         if not isinstance(file, (str, os.PathLike)):
             raise InputError("the last argument of trace is the name of the file to write")
-        encoded = encode_inputs(self.plan, self._checked(tuple(arguments)))
+        encoded = self._encoded(tuple(arguments))
         session = self.session()
-        try:
-            with waiting("encrypted inference, traced"):
-                answer, self.last_run = traced(session, encoded, len(next(iter(encoded.values()))), file)
-        except BaseException:
-            self._session = None  # a failed session is not used again
-            session.close()
-            raise
+        with waiting("encrypted inference, traced"):
+            answer, self.last_run = traced(session, encoded, file)
         return self._decoded(answer)
 
     def session(self, link: LinkModel | None = None) -> Session:
-        """The session of this model, opened at first use; `link` emulates a network, and opens a new one."""
-        if self._session is None or link is not None:
-            with waiting("sharing the weights; the first use compiles the kernels"):
-                self._session = Session(self.plan, self._weights, link=link)
-            log.info("session open: %d bytes for the weights", self._session.weight_meter.bytes)
-        return self._session
+        """The session of this model in this process, opened at first use; `link` emulates a network, and opens a new
+        one. Calls of all threads run in it side by side; a forked process opens its own."""
+        with self._opening:
+            if self._session is None or link is not None or self._session.pid != os.getpid():
+                with waiting("sharing the weights; the first use compiles the kernels"):
+                    self._session = Session(self.plan, self._weights, link=link)
+                log.info("session open: %d bytes for the weights", self._session.weight_meter.bytes)
+            return self._session
 
-    def _checked(self, arguments: tuple[Any, ...]) -> dict[str, Tensor]:
-        return check_inputs(self.plan, arguments)
+    def _encoded(self, arguments: tuple[Any, ...]) -> dict[str, Tensor]:
+        with on_one_core():
+            return encode_inputs(self.plan, check_inputs(self.plan, arguments))
 
     def _decoded(self, answer: Tensor) -> Any:
-        return decode_answer(self.plan, answer, self._dtype)
+        with on_one_core():
+            return decode_answer(self.plan, answer, self._dtype)
 
     @property
     def weights(self) -> Mapping[str, Tensor]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -29,25 +28,14 @@ _OFFLINE_TRACKS = (P0, P1, P2)
 _US = 1e6
 
 
-def traced(
-    session: Session, inputs: Mapping[str, Tensor], batch: int, file: str | os.PathLike[str]
-) -> tuple[Tensor, Run]:
+def traced(session: Session, inputs: Mapping[str, Tensor], file: str | os.PathLike[str]) -> tuple[Tensor, Run]:
     """Deal and infer once, and write the trace; the answer, still in ring integers, and what was measured."""
     timeline = Timeline()
-    session.profile = session.network.timeline = timeline
-    try:
-        dealt = session.deal(batch)
-        dealt_at = time.perf_counter()
-        answer, run, _ = session.infer(dealt, inputs)
-        done_at = time.perf_counter()
-    finally:
-        session.profile = session.network.timeline = None
-    phases = {
-        "offline": (dealt_at - run.offline_seconds, dealt_at, _OFFLINE_TRACKS),
-        "online": (done_at - run.online_seconds, done_at, _TRACKS),
-    }
+    answer, run, _ = session.request(inputs, timeline=timeline)
+    tracks = {"offline": _OFFLINE_TRACKS, "online": _TRACKS}
+    phases = {name: (begin, end, tracks[name]) for name, (begin, end) in timeline.phases.items()}
     events = list(_events(session.plan, timeline.slices, phases))
-    told = {"plan": session.plan.name, "digest": session.plan.digest, "batch": batch, "rounds": run.rounds}
+    told = {"plan": session.plan.name, "digest": session.plan.digest, "batch": run.batch, "rounds": run.rounds}
     told |= {"online_seconds": run.online_seconds, "offline_seconds": run.offline_seconds}
     Path(file).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms", "otherData": told}))
     return answer, run

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -169,6 +169,10 @@ class Plan:
 
     def __str__(self) -> str:
         return self._text
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: what follows from them is found again."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
 
     def __repr__(self) -> str:
         return f"<Plan {self.name}: {len(self.nodes)} nodes, {self.level.value} level, {self.digest[:12]}>"

@@ -17,7 +17,6 @@ from tacit.ir.op import Spec
 from tacit.runtime.timeline import Timeline
 
 Tensor = torch.Tensor
-_POLL_SECONDS = 0.2
 _Sent = tuple[int, float, Sequence[Tensor]]  # depth, arrival, message
 
 
@@ -68,83 +67,92 @@ class Meter:
 
 
 class Network:
-    """In-memory links between the parties and roles of one process."""
+    """What all runs of a session have in common: the links that are emulated, and where tests record messages."""
 
     def __init__(self, model: LinkModel | None = None) -> None:
-        self._model = model
+        self.model = model
+        self.transcript: list[tuple[Link, tuple[Tensor, ...]]] | None = None
         self._free_at: dict[Link, float] = {}  # when each emulated link has sent what it was given
-        self._queues: dict[Link, queue.SimpleQueue[_Sent]] = {
+        self._lock = threading.Lock()
+
+    def arrival(self, link: Link, size: int) -> float:
+        """When a message sent now arrives: after those before it on its link, its own bytes, and the latency."""
+        if self.model is None:
+            return 0.0
+        with self._lock:
+            sent = max(time.perf_counter(), self._free_at.get(link, 0.0)) + size / self.model.bytes_per_second
+            self._free_at[link] = sent
+        return sent + self.model.latency_seconds
+
+    def record(self, link: Link, message: Sequence[Tensor]) -> None:
+        if self.transcript is not None:
+            self.transcript.append((link, tuple(t.clone() for t in message)))
+
+
+class Exchange:
+    """The messages of one phase of one run between parties of a process: no other run's can get among them."""
+
+    def __init__(self, network: Network, ahead: Network | None = None, timeline: Timeline | None = None) -> None:
+        """`ahead`: what is dealt ahead has emulated links of its own. `timeline`: a trace collects sends and waits."""
+        self.timeline = timeline
+        self.meter = Meter()
+        self._network = network
+        self._links = ahead or network
+        self._queues: dict[Link, queue.SimpleQueue[_Sent | None]] = {
             (a, b): queue.SimpleQueue() for a in range(len(ROLES)) for b in range(len(ROLES)) if a != b
         }
         self._failed: str | None = None
-        self.meter = Meter()
-        self.transcript: list[tuple[Link, tuple[Tensor, ...]]] | None = None  # tests of leakage record here
-        self.timeline: Timeline | None = None  # traces collect sends and waits here
-
-    def start_phase(self) -> Meter:
-        """A fresh meter for what follows."""
-        self.meter = Meter()
-        return self.meter
 
     def fail(self, reason: str) -> None:
-        """Wake every party that waits: one of them cannot go on."""
+        """Wake every party that waits, and stop those that send: one of them cannot go on."""
         self._failed = self._failed or reason
+        for waiting in self._queues.values():
+            waiting.put(None)
 
     def channel(self, rank: int) -> Channel:
         return Channel(self, rank)
 
     def put(self, source: int, target: int, message: Sequence[Tensor]) -> None:
+        self.require_going()
         begin, size = time.perf_counter(), sum([t.nbytes for t in message])
         depth = self.meter.sent(source, target, size)
-        if self.transcript is not None:
-            self.transcript.append(((source, target), tuple(t.clone() for t in message)))
-        arrival = 0.0 if self._model is None else self._arrival((source, target), size, self._model)
-        self._queues[source, target].put((depth, arrival, message))
+        self._network.record((source, target), message)
+        self._queues[source, target].put((depth, self._links.arrival((source, target), size), message))
         if self.timeline is not None:
             self.timeline.message("send", (source, target), size, begin)
 
-    def _arrival(self, link: Link, size: int, model: LinkModel) -> float:
-        """When a message sent now arrives: after those before it on its link, its own bytes, and the latency."""
-        sent = max(time.perf_counter(), self._free_at.get(link, 0.0)) + size / model.bytes_per_second
-        self._free_at[link] = sent
-        return sent + model.latency_seconds
-
     def get(self, source: int, target: int) -> Sequence[Tensor]:
         begin = time.perf_counter()
-        depth, arrival, message = self._next(self._queues[source, target])
-        if self._model is not None:
+        sent = self._queues[source, target].get()
+        self.require_going()
+        assert sent is not None
+        depth, arrival, message = sent
+        if arrival:
             time.sleep(max(0.0, arrival - time.perf_counter()))
         self.meter.received(target, depth)
         if self.timeline is not None:
             self.timeline.message("wait", (source, target), sum(t.nbytes for t in message), begin)
         return message
 
-    def _next(self, waiting: queue.SimpleQueue[_Sent]) -> _Sent:
-        try:
-            return waiting.get_nowait()  # always, where the parties take turns: far quicker than with a timeout
-        except queue.Empty:
-            pass
-        while True:
-            try:
-                return waiting.get(timeout=_POLL_SECONDS)
-            except queue.Empty:
-                if self._failed is not None:
-                    raise ProtocolError(self._failed) from None
+    def require_going(self) -> None:
+        """Raises ProtocolError once `fail` was called."""
+        if self._failed is not None:
+            raise ProtocolError(self._failed)
 
 
 class Channel:
     """One party's end: `send` and `recv` of tensors whose number, shapes and dtypes the plan fixes."""
 
-    def __init__(self, network: Network, rank: int) -> None:
-        self._network = network
+    def __init__(self, exchange: Exchange, rank: int) -> None:
+        self._exchange = exchange
         self.rank = rank
 
     def send(self, target: int, message: Sequence[Tensor]) -> None:
-        self._network.put(self.rank, target, message)
+        self._exchange.put(self.rank, target, message)
 
     def recv(self, source: int, specs: Sequence[Spec]) -> tuple[Tensor, ...]:
         """The next message of `source`; raises ProtocolError where it is not what the plan provides for."""
-        message = self._network.get(source, self.rank)
+        message = self._exchange.get(source, self.rank)
         fits = len(message) == len(specs)
         for t, spec in zip(message, specs, strict=False):
             fits = fits and t.dtype is spec.dtype and t.shape == spec.shape

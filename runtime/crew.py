@@ -1,99 +1,102 @@
-"""The parties of one process at work: a thread for each, and the links between them."""
+"""The parties of one run in one process: a thread for each, or turns in one where there is little to do."""
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any
-
-import torch
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from tacit.ir.cost import P0, P1, P2, ROLES
 from tacit.ir.errors import ProtocolError
-from tacit.runtime.channel import LinkModel, Network
+from tacit.runtime.channel import Exchange
+from tacit.runtime.cores import take_one_core
 
 PARTIES = (P0, P1, P2)
+_ABANDONED = "nobody waits for this run any more"
+_T = TypeVar("_T")
 
 
 class Crew:
-    """Three threads with a core each, and a network; the roles outside act in the caller's thread."""
+    """A thread with a core for each party, for one run at a time; the roles outside act in the caller's thread."""
 
-    def __init__(self, name: str, link: LinkModel | None = None) -> None:
-        self.network = Network(link)
-        self._pool = ThreadPoolExecutor(
-            len(PARTIES), thread_name_prefix=name, initializer=torch.set_num_threads, initargs=(1,)
-        )
-        self._broken: str | None = None
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(len(PARTIES), thread_name_prefix="party", initializer=take_one_core)
+        self._exchange: Exchange | None = None
+        self._abandoned = False
+        self._lock = threading.Lock()
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True)
+        """The threads end as soon as they have done what they are at."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def taking_turns(self, jobs: Mapping[int, Iterator[Any]]) -> None:
-        """Run the jobs of all parties in the caller's thread, each as far as its next yield and then the next one's."""
-        self._usable()
+    def submit(self, work: Callable[[], _T]) -> Future[_T]:
+        return self._pool.submit(work)
+
+    def abandon(self) -> None:
+        """Nobody waits for the run any more: its parties stop at their next message."""
+        with self._lock:
+            self._abandoned = True
+            if self._exchange is not None:
+                self._exchange.fail(_ABANDONED)
+
+    @property
+    def usable(self) -> bool:
+        return not self._abandoned
+
+    def _begin(self, exchange: Exchange) -> None:
+        with self._lock:
+            self._exchange = exchange
+            if self._abandoned:
+                exchange.fail(_ABANDONED)
+
+    def taking_turns(self, exchange: Exchange, jobs: Mapping[int, Iterator[Any]]) -> None:
+        """Run the jobs of all parties in this thread, each as far as its next yield and then the next one's."""
+        self._begin(exchange)
         ended = dict.fromkeys(jobs, time.perf_counter())
-        with _one_core():
-            while jobs:
-                jobs = {rank: job for rank, job in jobs.items() if self._turn(rank, job, ended)}
+        while jobs:
+            exchange.require_going()
+            jobs = {rank: job for rank, job in jobs.items() if self._turn(exchange, rank, job, ended)}
 
-    def _turn(self, rank: int, job: Iterator[Any], ended: dict[int, float]) -> bool:
+    def _turn(self, exchange: Exchange, rank: int, job: Iterator[Any], ended: dict[int, float]) -> bool:
         """One turn of a party; whether it wants another. `ended`: when each had its last one."""
-        if self.network.timeline is not None:
-            self.network.timeline.others(rank, ended[rank])
+        if exchange.timeline is not None:
+            exchange.timeline.others(rank, ended[rank])
         try:
             return next(job, self) is not self
-        except BaseException:
-            self._broken = f"{ROLES[rank]} failed"
-            raise
         finally:
             ended[rank] = time.perf_counter()
 
-    def _usable(self) -> None:
-        if self._broken:
-            raise ProtocolError(f"this session ended with an error before ({self._broken}); open a new one")
+    def together(
+        self, exchange: Exchange, jobs: Mapping[int, Callable[[], Any]], *, in_turn: bool = False
+    ) -> dict[int, Any]:
+        """Run the jobs of all parties at once, those of the roles outside in this thread; or all of them in turn here.
 
-    def together(self, jobs: Mapping[int, Callable[[], Any]], *, in_turn: bool = False) -> dict[int, Any]:
-        """Run the jobs of all parties at once, or in turn; the first failure wakes and ends the others.
-
-        Raises that failure, and ProtocolError whenever it is called after one.
+        The first failure wakes and ends the others, and is raised. An interrupt is raised at once.
         """
-        self._usable()
-        failures: list[tuple[int, BaseException]] = []
-        lock = threading.Lock()
+        self._begin(exchange)
+        failures: list[BaseException] = []
 
         def guarded(rank: int) -> Any:
             try:
                 return jobs[rank]()
-            except BaseException as error:
-                with lock:
-                    failures.append((rank, error))
-                self.network.fail(f"{ROLES[rank]} failed")
+            except Exception as error:
+                failures.append(error)
+                exchange.fail(f"{ROLES[rank]} failed")
                 return None
 
         threads = () if in_turn else PARTIES
-        pending = {rank: self._pool.submit(guarded, rank) for rank in jobs if rank in threads}
-        with _one_core():
-            results = {rank: guarded(rank) for rank in jobs if rank not in threads}
+        pending = {rank: self.submit(lambda rank=rank: guarded(rank)) for rank in jobs if rank in threads}  # type: ignore[misc]
+        results = {rank: guarded(rank) for rank in jobs if rank not in threads}
         results |= {rank: future.result() for rank, future in pending.items()}
         if failures:
-            rank, error = failures[0]
-            self._broken = f"{ROLES[rank]} failed"
-            raise error
+            raise failures[0]
         return results
 
 
-@contextmanager
-def _one_core() -> Iterator[None]:
-    """The roles that act in the caller's thread have one core too, whatever torch was told to use there.
-
-    torch's own threads spin while they wait for one another: beside the parties they cost milliseconds.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def require_process(pid: int, what: str) -> None:
+    """Raises ProtocolError in another process than the one that made it: a fork copies keys, counters and material."""
+    if os.getpid() != pid:
+        raise ProtocolError(f"{what} belongs to the process that opened it: in two, masks would be used twice")

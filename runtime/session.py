@@ -1,17 +1,22 @@
 """A session: three virtual parties and the two roles outside, in one process.
 
-The parties are threads over an in-memory channel; client and owner act in the caller's thread, over the
-same channel. A session owns all its state: keys, shares of the weights, opened masks, undealt batches.
+The parties are threads over an in-memory channel, or take turns in one; client and owner act over the same channel.
+A session owns what outlives a run: keys, shares of the weights, opened masks, the number of the next batch. A run
+owns its threads, its messages and its batch, so that any number of them may go on at once, and none can disturb
+another.
 """
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NoReturn, TypeVar
 
 import torch
 
@@ -21,13 +26,15 @@ from tacit.ir.op import Material
 from tacit.ir.ops.roles import Input, Weight
 from tacit.ir.plan import Node, Plan, Schedule
 from tacit.runtime import prf
-from tacit.runtime.channel import LinkModel, Meter, Network
-from tacit.runtime.crew import PARTIES, Crew
+from tacit.runtime.channel import Exchange, LinkModel, Meter, Network
+from tacit.runtime.cores import on_one_core
+from tacit.runtime.crew import PARTIES, Crew, require_process
 from tacit.runtime.memory import keep_freed_buffers
 from tacit.runtime.party import Awaited, Inventory, Party, Values, deal, steps
-from tacit.runtime.timeline import Profile
+from tacit.runtime.timeline import Profile, Timeline
 
 Tensor = torch.Tensor
+_T = TypeVar("_T")
 _EVERYONE = tuple(range(len(ROLES)))
 _MAX_BATCHES = 1 << 32
 
@@ -48,8 +55,9 @@ class Run:
 
 @dataclass
 class Dealt:
-    """The material of one inference: used once, then gone."""
+    """The material of one inference: used once, then gone. `session` names the one that dealt it."""
 
+    session: bytes
     batch_id: int
     batch: int
     material: dict[int, dict[str, list[Material]]]
@@ -72,97 +80,178 @@ class Trace:
 
 
 class Session:
-    """Open once, then deal and infer as often as wanted; not for use by several threads at once."""
+    """Open once, then deal and infer as often as wanted, also in several threads at once.
+
+    It belongs to the process that opened it, and cannot be copied: two owners of its keys and its batch numbers
+    would use the same masks. In a forked process every method raises ProtocolError.
+    """
 
     def __init__(
         self, plan: Plan, weights: Mapping[str, Tensor], *, keys: prf.Keys | None = None, link: LinkModel | None = None
     ) -> None:
         keep_freed_buffers()
         self.plan = plan.verify()
-        self._link = link
-        self._crew = Crew("party", link)
-        self._turns: dict[int, bool] = {}  # by batch
+        self.pid = os.getpid()
+        self.network = Network(link)
         self.profile: Profile | None = None  # benchmarks collect seconds by phase and line here
+        self._ahead = Network(link)  # the emulated links of what is dealt ahead
+        self._nonce = os.urandom(16)
+        self._lock = threading.Lock()
+        self._idle: list[Crew] = []
+        self._turns: dict[int, bool] = {}  # by batch
         keys = keys or prf.fresh_keys()
         self._streams = {rank: prf.Streams(prf.keys_of(rank, keys)) for rank in _EVERYONE}
         self._weights = weights
         self._shared: dict[int, Values] = {rank: {} for rank in _EVERYONE}
         self._next_batch = 1  # batch 0 is the session's own part
-        self.weight_meter = self._open()
+        self._unused: set[int] = set()  # batches dealt and not yet used
+        self.weight_meter = self._run(self._open)
 
-    @property
-    def network(self) -> Network:
-        return self._crew.network
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a session cannot be copied: its masks are used once; copy the compiled model instead")
 
     def close(self) -> None:
-        self._crew.close()
+        """End the threads that wait for work; runs that are under way come to their end."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for crew in idle:
+            crew.close()
 
-    def _open(self) -> Meter:
+    @contextmanager
+    def _crew(self) -> Iterator[Crew]:
+        """Threads for one run; those of runs that have ended are used again. An interrupted run is not waited for."""
+        require_process(self.pid, "this session")
+        with self._lock:
+            crew = self._idle.pop() if self._idle else Crew()
+        try:
+            yield crew
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                crew.abandon()
+            raise
+        finally:
+            if crew.usable and os.getpid() == self.pid:
+                with self._lock:
+                    self._idle.append(crew)
+            else:
+                crew.close()
+
+    def _run(self, work: Callable[[Crew], _T]) -> _T:
+        with self._crew() as crew, on_one_core():
+            return work(crew)
+
+    def _open(self, crew: Crew) -> Meter:
         """Share the weights and open their masks: paid once."""
         nodes = [n for n in self.plan.nodes if n.op.session]
         material: dict[int, dict[str, list[Material]]] = {rank: {} for rank in _EVERYONE}
-        meter = self.network.start_phase()
-        self._crew.together({rank: self._dealing(self._crew, nodes, rank, 0, 1, material[rank]) for rank in PARTIES})
+        exchange = Exchange(self.network)
+        crew.together(exchange, {rank: self._dealing(exchange, nodes, rank, 0, 1, material[rank]) for rank in PARTIES})
         jobs = {}
         for rank in (*PARTIES, OWNER):
-            seat = self._seat(self._crew, rank, 0, 1, material[rank])
-            job = self._job(rank, self.plan.session_schedule, seat, self._shared[rank])
+            seat = self._seat(exchange, rank, 0, 1, material[rank])
+            job = self._job(exchange, rank, self.plan.session_schedule, seat, self._shared[rank])
             jobs[rank] = partial(_exhaust, job)
-        self._crew.together(jobs)
-        return meter
+        crew.together(exchange, jobs)
+        return exchange.meter
 
     def _dealing(
-        self, crew: Crew, nodes: list[Node], rank: int, batch_id: int, batch: int, material: dict[str, list[Material]]
+        self,
+        exchange: Exchange,
+        nodes: list[Node],
+        rank: int,
+        batch_id: int,
+        batch: int,
+        material: dict[str, list[Material]],
+        profile: Profile | None = None,
     ) -> Callable[[], list[Inventory]]:
-        return lambda: deal(nodes, self._seat(crew, rank, batch_id, batch), material, self.profile)
+        found = self.profile if profile is None else profile
+        return lambda: deal(nodes, self._seat(exchange, rank, batch_id, batch), material, found)
 
     def deal(self, batch: int) -> Dealt:
         """Offline: deal exactly what one inference of `batch` elements consumes."""
-        return self._deal(self._crew, batch)
+        return self._run(lambda crew: self._deal(crew, batch))
 
-    def _deal(self, crew: Crew, batch: int, *, in_turn: bool = False) -> Dealt:
-        if self._next_batch >= _MAX_BATCHES:
-            raise ProtocolError("this session has used up its batches; open a new one")
-        batch_id, self._next_batch = self._next_batch, self._next_batch + 1
+    def _number(self) -> int:
+        """The next batch number: it separates the streams of one batch from those of all others."""
+        require_process(self.pid, "this session")
+        with self._lock:
+            if self._next_batch >= _MAX_BATCHES:
+                raise ProtocolError("this session has used up its batches; open a new one")
+            found, self._next_batch = self._next_batch, self._next_batch + 1
+            self._unused.add(found)
+            return found
+
+    def _deal(self, crew: Crew, batch: int, *, ahead: bool = False, timeline: Timeline | None = None) -> Dealt:
+        batch_id = self._number()
         nodes = [n for n in self.plan.nodes if not n.op.session]
         material: dict[int, dict[str, list[Material]]] = {rank: {} for rank in _EVERYONE}
-        meter, begin = crew.network.start_phase(), time.perf_counter()
+        exchange, begin = Exchange(self.network, self._ahead if ahead else None, timeline), time.perf_counter()
         # Dealing goes one way, from P2: P0 and P1 never keep it waiting, so the parties may also take turns.
-        jobs = {rank: self._dealing(crew, nodes, rank, batch_id, batch, material[rank]) for rank in (P2, P0, P1)}
-        found = crew.together(jobs, in_turn=in_turn or self._little(batch))
-        return Dealt(batch_id, batch, material, meter, time.perf_counter() - begin, found)
+        jobs = {
+            rank: self._dealing(exchange, nodes, rank, batch_id, batch, material[rank], timeline)
+            for rank in (P2, P0, P1)
+        }
+        found = crew.together(exchange, jobs, in_turn=ahead or self._little(batch))
+        seconds = time.perf_counter() - begin
+        if timeline is not None:
+            timeline.phases["offline"] = begin, begin + seconds
+        return Dealt(self._nonce, batch_id, batch, material, exchange.meter, seconds, found)
 
     def infer(
         self, dealt: Dealt, inputs: Mapping[str, Tensor], *, trace: bool = False
     ) -> tuple[Tensor, Run, Trace | None]:
         """Online: one inference on ring-encoded inputs (by label); consumes `dealt`."""
-        material, dealt.material = dealt.material, {}
-        if not material:
-            raise ProtocolError("this material was used before; deal again")
+        return self._run(lambda crew: self._infer(crew, dealt, inputs, trace=trace))
+
+    def request(
+        self, inputs: Mapping[str, Tensor], *, trace: bool = False, timeline: Timeline | None = None
+    ) -> tuple[Tensor, Run, Trace | None]:
+        """`deal` and `infer` in one go. `timeline` is told what each party does when."""
+
+        def work(crew: Crew) -> tuple[Tensor, Run, Trace | None]:
+            dealt = self._deal(crew, len(next(iter(inputs.values()))), timeline=timeline)
+            return self._infer(crew, dealt, inputs, trace=trace, timeline=timeline)
+
+        return self._run(work)
+
+    def _material(self, dealt: Dealt) -> dict[int, dict[str, list[Material]]]:
+        """Take what was dealt: nobody else can, whatever copies there are of `dealt`."""
+        require_process(self.pid, "this session")
+        if dealt.session != self._nonce:
+            raise ProtocolError("this material was dealt in another session")
+        with self._lock:
+            if dealt.batch_id not in self._unused:
+                raise ProtocolError("this material was used before; deal again")
+            self._unused.remove(dealt.batch_id)
+            material, dealt.material = dealt.material, {}
+        return material
+
+    def _infer(
+        self,
+        crew: Crew,
+        dealt: Dealt,
+        inputs: Mapping[str, Tensor],
+        *,
+        trace: bool = False,
+        timeline: Timeline | None = None,
+    ) -> tuple[Tensor, Run, Trace | None]:
+        material = self._material(dealt)
         offsets: dict[str, list[Tensor]] = {}
         values: dict[int, Values] = {rank: dict(self._shared[rank]) for rank in _EVERYONE}
-        meter, begin = self.network.start_phase(), time.perf_counter()
+        exchange, begin = Exchange(self.network, timeline=timeline), time.perf_counter()
         jobs = {}
         for rank in (*PARTIES, CLIENT):
             seat = self._seat(
-                self._crew, rank, dealt.batch_id, dealt.batch, material[rank], inputs, offsets if trace else None
+                exchange, rank, dealt.batch_id, dealt.batch, material[rank], inputs, offsets if trace else None
             )
-            jobs[rank] = self._job(rank, self.plan.schedule, seat, values[rank], keep=trace)
+            jobs[rank] = self._job(exchange, rank, self.plan.schedule, seat, values[rank], keep=trace, profile=timeline)
         if self._little(dealt.batch):
-            self._crew.taking_turns({rank: job() for rank, job in jobs.items()})
+            crew.taking_turns(exchange, {rank: job() for rank, job in jobs.items()})
         else:
-            self._crew.together({rank: partial(_exhaust, job) for rank, job in jobs.items()})
-        seconds = time.perf_counter() - begin
-        run = Run(
-            dealt.batch,
-            meter.rounds,
-            meter.bytes,
-            dealt.meter.bytes,
-            seconds,
-            dealt.seconds,
-            meter.traffic,
-            dealt.meter.traffic,
-        )
+            crew.together(exchange, {rank: partial(_exhaust, job) for rank, job in jobs.items()})
+        run = _measured(dealt, exchange.meter, time.perf_counter() - begin)
+        if timeline is not None:
+            timeline.phases["online"] = begin, begin + run.online_seconds
         answer = values[CLIENT][self.plan.result]
         return answer, run, Trace(self._opened(values), offsets) if trace else None
 
@@ -174,19 +263,14 @@ class Session:
         one thread, beside those online, and have links of their own: under an emulated network, dealing takes nothing
         away from the messages online.
         """
-        crew, ahead = Crew("dealing", self._link), ThreadPoolExecutor(1, thread_name_prefix="ahead")
         waiting: list[tuple[Mapping[str, Tensor], Callable[[], Dealt]]] = []
         source = iter(batches)
-        try:
+        with self._crew() as ahead:
             while True:
                 try:
                     inputs = next(source)
-                    batch = len(next(iter(inputs.values())))
-                    if self._link is None and self._little(batch):
-                        waiting.append((inputs, partial(self.deal, batch)))
-                    else:
-                        waiting.append((inputs, ahead.submit(self._deal, crew, batch, in_turn=True).result))
-                except BaseException as end:
+                    waiting.append((inputs, self._dealt_ahead(ahead, len(next(iter(inputs.values()))))))
+                except Exception as end:
                     # What came before is still answered, also where the next one is unfit.
                     for item in waiting:
                         yield self._finished(*item)
@@ -195,11 +279,15 @@ class Session:
                     raise
                 if len(waiting) == 2:
                     yield self._finished(*waiting.pop(0))
-        finally:
-            ahead.shutdown(wait=True, cancel_futures=True)
-            crew.close()
+
+    def _dealt_ahead(self, ahead: Crew, batch: int) -> Callable[[], Dealt]:
+        require_process(self.pid, "this session")
+        if self.network.model is None and self._little(batch):
+            return partial(self.deal, batch)
+        return ahead.submit(lambda: self._deal(ahead, batch, ahead=True)).result
 
     def _finished(self, inputs: Mapping[str, Tensor], dealt: Callable[[], Dealt]) -> tuple[Tensor, Run]:
+        require_process(self.pid, "this session")
         answer, run, _ = self.infer(dealt(), inputs)
         return answer, run
 
@@ -221,15 +309,22 @@ class Session:
         return self._turns[batch]
 
     def _job(
-        self, rank: int, schedule: Schedule, seat: Callable[[Node], Party], values: Values, *, keep: bool = True
+        self,
+        exchange: Exchange,
+        rank: int,
+        schedule: Schedule,
+        seat: Callable[[Node], Party],
+        values: Values,
+        *,
+        keep: bool = True,
+        profile: Profile | None = None,
     ) -> Callable[[], Iterator[Awaited]]:
-        return lambda: steps(
-            self.plan, schedule, self.network.channel(rank), seat, values, keep=keep, profile=self.profile
-        )
+        found = self.profile if profile is None else profile
+        return lambda: steps(self.plan, schedule, exchange.channel(rank), seat, values, keep=keep, profile=found)
 
     def _seat(
         self,
-        crew: Crew,
+        exchange: Exchange,
         rank: int,
         batch_id: int,
         batch: int,
@@ -237,7 +332,7 @@ class Session:
         inputs: Mapping[str, Tensor] | None = None,
         offsets: dict[str, list[Tensor]] | None = None,
     ) -> Callable[[Node], Party]:
-        channel, streams = crew.network.channel(rank), self._streams[rank]
+        channel, streams = exchange.channel(rank), self._streams[rank]
         shared, sized = self._shared[rank], self.plan.at(batch)
 
         def seat(node: Node) -> Party:
@@ -253,6 +348,19 @@ class Session:
             return party
 
         return seat
+
+
+def _measured(dealt: Dealt, online: Meter, seconds: float) -> Run:
+    return Run(
+        dealt.batch,
+        online.rounds,
+        online.bytes,
+        dealt.meter.bytes,
+        seconds,
+        dealt.seconds,
+        online.traffic,
+        dealt.meter.traffic,
+    )
 
 
 def _exhaust(job: Callable[[], Iterator[Awaited]]) -> None:

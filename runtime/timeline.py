@@ -38,6 +38,7 @@ class Timeline(Profile):
     """A profile that keeps every stretch of time. Parties append from threads of their own."""
 
     slices: list[Slice] = field(default_factory=list)
+    phases: dict[str, tuple[float, float]] = field(default_factory=dict)  # begin and end of "offline" and "online"
 
     def work(self, phase: str, line: str, rank: int, begin: float) -> None:
         super().work(phase, line, rank, begin)
