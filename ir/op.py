@@ -115,6 +115,8 @@ class Op:
     # For the leakage statement: what the client learns where the result of this op is what is revealed.
     answer: ClassVar[str] = "what the model returns for each of its inputs"
     registry: ClassVar[dict[str, type[Op]]] = {}
+    # Ops of earlier versions that no plan may have any more, and why.
+    retired: ClassVar[dict[str, str]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -162,7 +162,7 @@ def _parse_line(lines: list[str], i: int) -> Node:
             raise PlanError("expected '%name : type = op %operand, ..., key=value  @path'")
         op_type = Op.registry.get(found["op"])
         if op_type is None:
-            raise PlanError(f"there is no op '{found['op']}'")
+            raise PlanError(Op.retired.get(found["op"], f"there is no op '{found['op']}'"))
         args, attributes = _parse_operands(found["rest"], op_type)
         return Node(found["name"], op_type(**attributes), args, Type.parse(found["type"]), found["path"] or "")
     except PlanError as error:

@@ -11,12 +11,12 @@ from tacit.ir.build import Builder
 from tacit.ir.cost import Cost
 from tacit.ir.errors import CompileError
 from tacit.ir.op import Level, Op
-from tacit.ir.ops import choice, linear, nonlinear, ranking, securenn, spline
+from tacit.ir.ops import choice, linear, nonlinear, securenn, spline, wins
 from tacit.ir.ops.comparison import ROOM_BITS
 from tacit.ir.ops.nonlinear import FixedArgmax, FixedEqual, FixedMaxPool2d, FixedReLU, Trunc
 from tacit.ir.ops.roles import Input, Mask, Reveal
 from tacit.ir.plan import Node
-from tacit.ir.types import bits_for
+from tacit.ir.types import RING_BITS, bits_for
 from tacit.passes.draft import Draft
 
 # Writes the protocol form of a node whose operands are already lowered; returns the name of its result.
@@ -81,9 +81,10 @@ _ROUND_BYTES = 1024
 def _argmax(b: Builder, node: Node, args: tuple[str, ...]) -> str:
     """A tournament, or all pairs at once where the rounds it saves are worth the bytes it takes."""
     x = b.types[args[0]].at(1)
-    tree, ranks = nonlinear.Argmax(x.width + 1), ranking.ArgmaxByRank(x.width + 1)
-    by_rank = 1 < x.dims[-1] <= ranking.MOST_CLASSES and _weight(ranks.cost(x)) < _weight(tree.cost(x))
-    return b.emit(ranks if by_rank else tree, *args, name=node.name, width=node.type.width)
+    tree, pairs = nonlinear.Argmax(x.width + 1), wins.ArgmaxByWins(x.width + wins.SLACK)
+    counted = 1 < x.dims[-1] <= wins.MOST_CLASSES and pairs.window <= RING_BITS
+    by_wins = counted and _weight(pairs.cost(x)) < _weight(tree.cost(x))
+    return b.emit(pairs if by_wins else tree, *args, name=node.name, width=node.type.width)
 
 
 def _weight(cost: Cost) -> int:

@@ -146,6 +146,20 @@ class Party:
         self.channel.send(P1, [self.field.pack(self.field.digit_corrections(r, low, digits, share0), p)])
         return None
 
+    def share_residues(self, kind: str, shape: Shape, value: Tensor | None, p: int) -> Tensor | None:
+        """P2 shares elements of Z_p, (rows, n): P0 derives its share, P1 is sent the correction."""
+        self._note(kind, shape, prime_field(p), DEALT)
+        if self.rank == P1:
+            spec = Spec(*self.field.packed_shape(*shape, p))
+            received: Tensor = self.field.unpack(self.channel.recv(P2, [spec])[0], shape[0], p)
+            return received
+        share0 = (self.prf(P2) if self.rank == P0 else self.prf(P0)).below(p, shape)
+        if self.rank == P0:
+            return share0
+        assert value is not None
+        self.channel.send(P1, [self.field.pack(self.field.minus(value, share0, p), p)])
+        return None
+
     def send_shares(self, kind: str, shape: Shape, value: Tensor | None, *, odd: bool = False) -> Tensor | None:
         """P2 sends both parties their shares in Z_2^64 or Z_{2^64 - 1}, as SecureNN counts it."""
         self._note(kind, shape, ODD_RING if odd else RING, SENT)
@@ -171,15 +185,21 @@ class Party:
 
     def common_blinding(self, digits: Digits, n: int) -> Material:
         """What P0 and P1 draw alike for a PrivateCompare of n elements, fresh for every position and element."""
-        shape, element = (digits.positions, n), prime_field(digits.p)
-        for kind in ("s", "z"):
-            self._note(kind, shape, element, COMMON)
-        drawn = None if self.rank == P2 else self._common_stream().blinding(digits.p, shape)
+        factors = self.common_factors(digits.p, (digits.positions, n))
         beta = self.common("beta", (n,), BIT, lambda stream: stream.bits((n,)))
         shift = self.common("shift", (n,), BYTE, lambda stream: stream.below(digits.positions, (n,)))
-        if drawn is None or beta is None or shift is None:
+        if beta is None or shift is None:
             return {}
-        return {"s": drawn[0], "z": drawn[1], "beta": beta, "shift": shift}
+        return {**factors, "beta": beta, "shift": shift}
+
+    def common_factors(self, p: int, shape: Shape) -> Material:
+        """What hides elements of Z_p from P2, drawn alike by P0 and P1: factors that are not 0, and shares of zero."""
+        for kind in ("s", "z"):
+            self._note(kind, shape, prime_field(p), COMMON)
+        if self.rank == P2:
+            return {}
+        s, z = self._common_stream().blinding(p, shape)
+        return {"s": s, "z": z}
 
     def _common_stream(self) -> Stream:
         return self.prf(P1 if self.rank == P0 else P0)

@@ -23,7 +23,7 @@ def test_figures_of_one_piece() -> None:
     assert found.spread_s[0] <= found.total_s <= found.spread_s[1]
     assert found.plaintext_s > 0 < found.stream_s
     assert found.online_bytes > found.batch * 1000
-    assert {row["op"] for row in found.per_op} >= {"conv2d", "relu", "argmax_by_rank"}
+    assert {row["op"] for row in found.per_op} >= {"conv2d", "relu", "argmax_by_wins"}
     assert f"{found.rounds} rounds" in text(found)
 
 

@@ -147,7 +147,7 @@ def test_the_statement_follows_the_plan() -> None:
     assert not [r for r in dealer["linear"].received if r.phase == "online"]
     assert any("no message while an inference runs" in s.why for s in dealer["linear"].statements)
     assert not any("no message while" in s.why for s in dealer["mlp"].statements)
-    assert by(compares, P2, "Blinded comparison vectors") == ("relu", "argmax_by_rank")
+    assert by(compares, P2, "Blinded comparison vectors") == ("relu", "argmax_by_wins")
     assert any("windows of 2 lines" in line for line in compares.disclosed)
     assert not any("windows" in line for line in straight.disclosed)
     assert any("0 to 1" in line for line in compares.disclosed)
@@ -267,14 +267,14 @@ def test_nobody_is_sent_a_byte_of_which_nothing_is_said(sample: Sample) -> None:
 
 def test_each_statement_comes_from_the_ops_that_cause_it() -> None:
     reveals = {reveal: leakage(plan_of("mlp", reveal=reveal)) for reveal in ("argmax", "logits", "correct")}
-    assert {name: by(found, P2, "ranks of the classes") for name, found in reveals.items()} == {
-        "argmax": ("argmax_by_rank",),
+    assert {name: by(found, P2, "exactly one is zero") for name, found in reveals.items()} == {
+        "argmax": ("argmax_by_wins",),
         "logits": (),
-        "correct": ("argmax_by_rank",),
+        "correct": ("argmax_by_wins",),
     }
     assert by(reveals["logits"], P2, "Blinded comparison vectors") == ("relu",)
     assert "equal" in by(reveals["correct"], P2, "Blinded comparison vectors")
-    assert by(reveals["argmax"], CLIENT, "the class of each") == ("argmax_by_rank", "reveal")
+    assert by(reveals["argmax"], CLIENT, "the class of each") == ("argmax_by_wins", "reveal")
     assert by(reveals["correct"], CLIENT, "one sum over its whole batch") == ("sum_batch", "reveal")
     assert by(reveals["correct"], CLIENT, "Its own inputs (x, targets)") == ("input",)
     assert by(reveals["logits"], CLIENT, "what the model returns") == ("add", "reveal")

@@ -97,7 +97,10 @@ def wrap_bits(bits: int, ring: int, target: int) -> int:
 def _share_truncation(party: Party, r: Tensor, shape: Shape, bits: int, target: int) -> Material:
     """[r >> bits] in the ring of the result, and [msb(r)]."""
     at_p2, ring = party.rank == P2, party.ring.bits_of(r)
-    shifted = party.share("r shifted", shape, party.ring.shift_right(r, bits) if at_p2 else None, bits=target)
+    above = party.ring.shift_right(r, bits) if at_p2 else None
+    if above is not None and not bits:
+        above = above.to(torch.int64) & ((1 << ring) - 1 if ring < RING_BITS else -1)  # r is unsigned
+    shifted = party.share("r shifted", shape, above, bits=target)
     top = party.ring.bit(r, ring - 1).view(shape) if at_p2 else None
     msb = party.share("r msb", shape, top, bits=wrap_bits(bits, ring, target))
     return {} if shifted is None or msb is None else {"r": r, "r shifted": shifted, "r msb": msb}
@@ -118,6 +121,8 @@ class Select(Subprotocol):
     the sign is the top bit of C - R mod 2^(ring-drop). Where it is 0, C - R + 2^(ring-drop) [C < R] is the truncated
     x, and [C < R] = msb(R) (1 - msb(C)), because C - R is then closer to 0 than half the ring: no offset, and no bit
     of the ring is lost.
+
+    p: DReLU(x) alone is wanted, over Z_p rather than in Z_2^target; the shape has two dimensions then.
     """
 
     shape: Shape
@@ -129,6 +134,7 @@ class Select(Subprotocol):
     payloads: int = 0
     ring: int = RING_BITS
     target: int = RING_BITS
+    p: int = 0
 
     @property
     def n(self) -> int:
@@ -145,7 +151,8 @@ class Select(Subprotocol):
         if self.relu and self.truncate:
             small = small_ring(self._wrap_bits)
             items += [Randomness("r shifted", self.shape, target, DEALT), Randomness("r msb", self.shape, small, DEALT)]
-        items += [digits_of(self.digits, self.n), Randomness("rho", self.shape, target, DEALT)]
+        rho = prime_field(self.p) if self.p else target
+        items += [digits_of(self.digits, self.n), Randomness("rho", self.shape, rho, DEALT)]
         if self.relu:
             items.append(Randomness("rho r", self.shape, target, DEALT))
         if self.relu and self.truncate:
@@ -178,7 +185,10 @@ class Select(Subprotocol):
             material |= _share_truncation(party, r, shape, self.truncate, target)
         shared = {"bits": party.share_digits(r if at_p2 else None, self.drop, self.digits, self.n)}
         rho = party.own().bits(shape) if at_p2 else torch.empty(0)
-        shared["rho"] = party.share("rho", shape, rho if at_p2 else None, bits=target)
+        if self.p:
+            shared["rho"] = party.share_residues("rho", shape, rho if at_p2 else None, self.p)
+        else:
+            shared["rho"] = party.share("rho", shape, rho if at_p2 else None, bits=target)
         if self.relu:
             masked = party.ring.shift_right(r, self.truncate) if self.truncate and at_p2 else r
             gated = party.ring.gate(rho, masked) if at_p2 else None
@@ -250,7 +260,9 @@ class Select(Subprotocol):
             )
         elif self.relu:
             out.append(ring.select(c, m["r"], m["rho r"], x, m["rho"], flip, e, first=first))
-        if self.bit:
+        if self.bit and self.p:
+            out.append(party.field.bit_share(m["rho"], flip, e, self.p, first=first))
+        elif self.bit:
             out.append(ring.bit_share(m["rho"], flip, e, first=first))
         for i, (value, public) in enumerate(zip(payloads, opened, strict=True)):
             out.append(
