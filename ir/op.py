@@ -112,6 +112,10 @@ class Op:
     roles: ClassVar[tuple[int, ...]] = (P0, P1, P2)
     # The rings, in bits, that all operands and the result may live in: one and the same ring, unless `changes_ring`.
     rings: ClassVar[tuple[int, ...]] = (RING_BITS,)
+    # The suite of protocols that this op belongs to; "" for one that all have.
+    suite: ClassVar[str] = ""
+    # Which value of a plan's `reveal` says the truth where the result of this op is what is revealed, beside "logits".
+    reveals: ClassVar[str] = ""
     # For the leakage statement: what the client learns where the result of this op is what is revealed.
     answer: ClassVar[str] = "what the model returns for each of its inputs"
     registry: ClassVar[dict[str, type[Op]]] = {}
@@ -174,6 +178,11 @@ class Op:
     def samples(cls) -> tuple[Sample, ...]:
         """Operands that every generic test loops over."""
         raise NotImplementedError(f"{cls.__name__} has no samples")
+
+    @classmethod
+    def misfits(cls) -> tuple[Sample, ...]:
+        """Attributes and operands that the verifier has to refuse, for the generic tests."""
+        return ()
 
 
 class LocalOp(Op):

@@ -39,6 +39,11 @@ class Node:
     origin: str = field(default="", compare=False)  # the line of the model level that it comes from; not printed
 
 
+def _declaration(op: Op) -> tuple[str, str]:
+    """What an input or a weight is known by outside the plan."""
+    return op.name, str(getattr(op, "label", ""))
+
+
 @dataclass(frozen=True)
 class SizedNode:
     """A node for a batch of a given size: its position in the plan, its types in numbers, its subprotocols."""
@@ -364,6 +369,12 @@ class Plan:
             raise PlanError(f"plan {self.name} returns %{self.result}, which it does not define")
         return self
 
+    def require_answer(self) -> Plan:
+        """The plan, if it is one to run: its answer is revealed. Raises PlanError."""
+        if self.level is not Level.PROTOCOL or self.node(self.result).type.kind != "client":
+            raise PlanError(f"plan {self.name} reveals no answer: it is not the last stage of compiling")
+        return self
+
     def _verify_node(self, node: Node, seen: Mapping[str, Type]) -> None:
         if node.name in seen:
             raise PlanError(f"%{node.name} is defined twice")
@@ -374,6 +385,10 @@ class Plan:
                 raise PlanError(f"{node.op.name} belongs to the session and cannot depend on %{arg}")
         if self.level not in node.op.levels:
             raise PlanError(f"{node.op.name} may not stand at the {self.level.value} level")
+        if node.op.suite not in ("", self.protocol):
+            raise PlanError(f"{node.op.name} belongs to the suite {node.op.suite}, the plan says {self.protocol}")
+        if node.op.declares and self._declared.get(_declaration(node.op)) != node.name:
+            raise PlanError(f"two lines are {' '.join(_declaration(node.op))}")
         try:
             operands = (node.type,) if node.op.declares else tuple(seen[arg] for arg in node.args)
             found = inferred(node.op, operands)
@@ -382,6 +397,21 @@ class Plan:
         # Range analysis may claim a smaller width than the types alone give, never a larger one.
         if found.with_(width=node.type.width) != node.type or node.type.width > found.width:
             raise PlanError(f"%{node.name} is declared {node.type}, but {node.op.name} gives {found}")
+        if node.type.kind == "client":
+            self._verify_answer(node)
+
+    def _verify_answer(self, node: Node) -> None:
+        """A plan reveals one value, and it is what the header says."""
+        if node.name != self.result:
+            raise PlanError(f"%{node.name} is revealed, the answer is %{self.result}")
+        told = self.by_name[node.args[0]].op.reveals
+        if self.reveal not in ("logits", told):
+            raise PlanError(f"the plan says reveal={self.reveal}, which is not what %{node.args[0]} is")
+
+    @cached_property
+    def _declared(self) -> Mapping[tuple[str, str], str]:
+        """The first line of each input and weight."""
+        return {_declaration(node.op): node.name for node in reversed(self.nodes) if node.op.declares}
 
     def _drawn(self, index: int, message: str) -> str:
         from tacit.ir.text import node_text

@@ -90,7 +90,7 @@ class Session:
         self, plan: Plan, weights: Mapping[str, Tensor], *, keys: prf.Keys | None = None, link: LinkModel | None = None
     ) -> None:
         keep_freed_buffers()
-        self.plan = plan.verify()
+        self.plan = plan.verify().require_answer()
         self.pid = os.getpid()
         self.network = Network(link)
         self.profile: Profile | None = None  # benchmarks collect seconds by phase and line here

@@ -82,7 +82,7 @@ def single(sample: Sample, level: Level = Level.PROTOCOL, protocol: str = "fused
         result = b.declare(Input("other", 0.0, 0.0), Type("secret", (Batch(), 2), 0, 8), name="other")
     if level is Level.PROTOCOL and b.types[result].kind == "secret":
         result = b.emit(Reveal(), result, name="y")
-    return Plan("single", tuple(b.nodes), result, level, protocol).verify()
+    return Plan("single", tuple(b.nodes), result, level, sample.op.suite or protocol).verify()
 
 
 def edges(declared: Type, shape: Sequence[int], seed: int) -> Tensor:

@@ -12,7 +12,7 @@ from harness import clear_values, operands, params, run_plan, samples, single
 from tacit.ir.build import Builder
 from tacit.ir.cost import P0, P1, P2
 from tacit.ir.errors import CompileError, PlanError
-from tacit.ir.op import Level, Op, Program, Sample
+from tacit.ir.op import Level, Op, Program, Sample, inferred
 from tacit.ir.ops.model import ModelOp
 from tacit.ir.ops.spline import FixedFunction
 from tacit.ir.plan import Node, Plan
@@ -21,6 +21,7 @@ from tacit.passes import Draft
 from tacit.passes.lower import SUITES, hoist_weight_openings, lower_to_protocol, reveal_result
 from tacit.runtime.party import _Running
 from tacit.runtime.reference import interpret
+from tacit.runtime.session import Session
 
 BATCHES = (1, 7, 200)
 
@@ -111,6 +112,58 @@ def test_bad_operands_are_rejected(level: Level) -> None:
             shifted = dataclasses.replace(last, type=last.type.with_(frac=last.type.frac + 1))
             with pytest.raises(PlanError, match="declared"):
                 plan.with_nodes(shifted if n is last else n for n in plan.nodes).verify()
+
+
+MISFITS = [(name, i, s) for name, op in sorted(Op.registry.items()) for i, s in enumerate(op.misfits())]
+
+
+@pytest.mark.parametrize("sample", [s for *_, s in MISFITS], ids=[f"{name}-{i}" for name, i, _ in MISFITS])
+def test_what_a_plan_may_not_say_is_refused(sample: Sample) -> None:
+    """By the verifier, in memory and as text: nothing that is printed and sealed is ignored."""
+    with pytest.raises(PlanError):
+        sample.op.infer(*sample.args)
+    good = single(dict(samples(Level.PROTOCOL))[f"{sample.op.name}-0"])
+    same = type(sample.op)
+    try:
+        inferred(sample.op, good.arg_types(next(node for node in good.nodes if type(node.op) is same)))
+        return  # it is the operands that do not fit
+    except PlanError:
+        pass
+    plan = good.with_nodes(dataclasses.replace(n, op=sample.op) if type(n.op) is same else n for n in good.nodes)
+    with pytest.raises(PlanError, match="\\^"):
+        plan.verify()
+    try:
+        text = str(plan)
+    except PlanError:  # it cannot even be written down
+        return
+    with pytest.raises(PlanError, match="\\^"):
+        Plan.parse(text)
+
+
+def test_a_header_that_lies_is_refused() -> None:
+    plan = single(dict(samples(Level.PROTOCOL))["relu-0"])
+    for changes in ({"reveal": "argmax"}, {"reveal": "correct"}, {"reveal": "nothing"}, {"protocol": "securenn"}):
+        with pytest.raises(PlanError):
+            dataclasses.replace(plan, **changes).verify()
+    argmax = single(dict(samples(Level.PROTOCOL))["argmax-0"])
+    assert dataclasses.replace(argmax, reveal="argmax").verify()
+
+
+def test_a_plan_reveals_its_answer_alone() -> None:
+    plan = single(dict(samples(Level.PROTOCOL))["relu-0"])
+    answer = plan.node(plan.result)
+    other = dataclasses.replace(answer, name="z", args=("x0",), type=plan.node("x0").type.with_(kind="client"))
+    with pytest.raises(PlanError, match="the answer is"):
+        plan.with_nodes([*plan.nodes, other]).verify()
+    with pytest.raises(PlanError, match="reveals no answer"):
+        Session(plan.with_nodes(plan.nodes[:-1], result="out"), {})
+
+
+def test_labels_are_of_one_line_each() -> None:
+    plan = single(dict(samples(Level.PROTOCOL))["add-0"])
+    second = dataclasses.replace(plan.node("x1"), op=plan.node("x0").op)
+    with pytest.raises(PlanError, match="two lines are input x0"):
+        plan.with_nodes(second if n.name == "x1" else n for n in plan.nodes).verify()
 
 
 @pytest.mark.parametrize(**params(Level.FIXED))

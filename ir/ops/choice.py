@@ -71,6 +71,7 @@ class Positive(FixedPositive):
     """1 where x >= 0, else 0, in three rounds: one opening, one PrivateCompare, one bit (`comparison.Select`)."""
 
     name = "positive"
+    suite = "fused"
     levels = _PROTOCOL
     rings = tuple(DTYPES)
 
@@ -96,6 +97,7 @@ class Choose(FixedChoose):
     """The value where x >= 0, else 0, in three rounds: x and the value are opened behind masks, x alone is compared."""
 
     name = "choose"
+    suite = "fused"
     levels = _PROTOCOL
     rings = tuple(DTYPES)
 
@@ -121,6 +123,7 @@ class TextbookPositive(FixedPositive):
     """DReLU by ShareConvert and ComputeMSB."""
 
     name = "securenn.positive"
+    suite = "securenn"
     levels = _PROTOCOL
 
     def infer(self, x: Type) -> Type:
@@ -140,6 +143,7 @@ class TextbookChoose(FixedChoose):
     """DReLU, then a product with the value."""
 
     name = "securenn.choose"
+    suite = "securenn"
     levels = _PROTOCOL
 
     def infer(self, x: Type, value: Type) -> Type:

@@ -215,6 +215,7 @@ class _Beaver(Product):
     """The protocol of a product: operands x, w and the mask line of w."""
 
     levels = frozenset({Level.PROTOCOL})
+    suite = "fused"
     rings = tuple(DTYPES)
 
     def infer(self, *args: Type) -> Type:

@@ -282,6 +282,7 @@ class SumBatch(LocalOp):
     """The sum over the batch, as a tensor of one element. The batch is taken to be below 2^31."""
 
     name = "sum_batch"
+    reveals = "correct"
     answer = (
         "one sum over its whole batch, such as how many inputs are of the class it expected, and nothing on any single "
         "one (unless the batch is but one)"

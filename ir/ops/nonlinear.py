@@ -100,6 +100,7 @@ class ReLU(FixedReLU):
     """max(x, 0), truncation fused, in three rounds: one opening, one PrivateCompare, one bit (`comparison.Select`)."""
 
     name = "relu"
+    suite = "fused"
     levels = _PROTOCOL
     rings = tuple(DTYPES)
 
@@ -253,6 +254,7 @@ class MaxPool2d(FixedMaxPool2d):
     """A tournament tree: ceil(log2 n) comparisons deep, all windows at once; max(a, b) = b + ReLU(a - b)."""
 
     name = "max_pool2d"
+    suite = "fused"
     levels = _PROTOCOL
     rings = tuple(DTYPES)
 
@@ -295,6 +297,7 @@ class FixedArgmax(Op):
 
     name = "fixed.argmax"
     levels = _FIXED
+    reveals = "argmax"
     answer = "the class of each of its inputs, and no logits"
 
     def infer(self, x: Type) -> Type:
@@ -322,6 +325,7 @@ class Argmax(FixedArgmax):
     """A tournament tree that carries the index along: three rounds a level, exact comparisons."""
 
     name = "argmax"
+    suite = "fused"
     levels = _PROTOCOL
     rings = tuple(DTYPES)
 
@@ -401,6 +405,7 @@ class Equal(FixedEqual):
     """[x >= y] + [y >= x] - 1: both comparisons in the same three rounds."""
 
     name = "equal"
+    suite = "fused"
     levels = _PROTOCOL
     rings = tuple(DTYPES)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -70,9 +71,13 @@ class Input(Op):
     integers: bool = False
 
     def infer(self, declared: Type) -> Type:
+        expect(self.owner == ROLES[CLIENT], f"an input is the client's, not {self.owner}'s")
+        bounds = math.isfinite(self.low) and math.isfinite(self.high) and self.low <= self.high
+        expect(bounds, f"[{self.low}, {self.high}] is not a range")
         if declared.kind == "real":
             return declared
         expect_kind("secret", declared)
+        expect(declared.frac == 0 or not self.integers, f"whole numbers have no fractional bits, found {declared}")
         scale = 2.0**declared.frac
         need = bits_for(self.low * scale, self.high * scale)
         expect(declared.width >= need, f"values in [{self.low}, {self.high}] need {need} bits, found {declared}")
@@ -87,6 +92,17 @@ class Input(Op):
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
         return (Sample(cls("x", -4.0, 4.0), (Type("secret", (Batch(), 7), 12, 16),)),)
+
+    @classmethod
+    def misfits(cls) -> tuple[Sample, ...]:
+        x = Type("secret", (Batch(), 7), 12, 16)
+        owners = (*(role for role in ROLES if role != ROLES[CLIENT]), "nobody")
+        ranges = ((math.nan, 4.0), (-4.0, math.nan), (-math.inf, 4.0), (4.0, -4.0), (-9.0, 9.0))
+        return (
+            *(Sample(cls("x", -4.0, 4.0, owner), (x,)) for owner in owners),
+            *(Sample(cls("x", low, high), (x,)) for low, high in ranges),
+            Sample(cls("x", -4.0, 4.0, integers=True), (x,)),
+        )
 
 
 @dataclass(frozen=True)
@@ -104,6 +120,7 @@ class Weight(Op):
     owner: str = "owner"
 
     def infer(self, declared: Type) -> Type:
+        expect(self.owner == ROLES[OWNER], f"a weight is the owner's, not {self.owner}'s")
         expect(not any(isinstance(d, Batch) for d in declared.shape), "a weight has no batch dimension")
         expect(declared.kind in ("real", "secret"), f"expected a secret, found {declared}")
         return declared
@@ -118,6 +135,16 @@ class Weight(Op):
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
         return (Sample(cls("fc.weight"), (Type("secret", (3, 5), 16, 20),)),)
+
+    @classmethod
+    def misfits(cls) -> tuple[Sample, ...]:
+        w = Type("secret", (3, 5), 16, 20)
+        owners = (*(role for role in ROLES if role != ROLES[OWNER]), "nobody")
+        others = (w.with_(shape=(Batch(), 5)), w.with_(kind="client"))
+        return (
+            *(Sample(cls("fc.weight", owner), (w,)) for owner in owners),
+            *(Sample(cls("fc.weight"), (other,)) for other in others),
+        )
 
 
 @dataclass(frozen=True)
@@ -162,6 +189,7 @@ class Mask(Op):
     """
 
     name = "mask"
+    suite = "fused"
     levels = frozenset({Level.PROTOCOL})
     session = True
     rings = tuple(DTYPES)
@@ -240,6 +268,7 @@ class Reveal(Op):
 
     def infer(self, x: Type) -> Type:
         expect_kind("secret", x)
+        expect(self.to == ROLES[CLIENT], f"an answer is for the client alone, not for {self.to}")
         return x.with_(kind="client")
 
     def reference(self, oracle: Any, x: Tensor) -> Tensor:
@@ -254,3 +283,9 @@ class Reveal(Op):
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
         return (Sample(cls(), (Type("secret", (Batch(), 10), 28, 40),)),)
+
+    @classmethod
+    def misfits(cls) -> tuple[Sample, ...]:
+        x = Type("secret", (Batch(), 10), 28, 40)
+        others = (*(role for role in ROLES if role != ROLES[CLIENT]), "everybody")
+        return (*(Sample(cls(to), (x,)) for to in others), Sample(cls(), (x.with_(kind="client"),)))

@@ -260,6 +260,7 @@ class TextbookLinear(FixedLinear):
     """Algorithm 1 with the weight masked anew in every inference."""
 
     name = "securenn.linear"
+    suite = "securenn"
     levels = frozenset({Level.PROTOCOL})
 
     def parts(self, x: Type, w: Type) -> tuple[Subprotocol, ...]:
@@ -271,6 +272,7 @@ class TextbookMul(FixedMul):
     """Algorithm 1, element by element."""
 
     name = "securenn.mul"
+    suite = "securenn"
     levels = frozenset({Level.PROTOCOL})
 
     def parts(self, x: Type, w: Type) -> tuple[Subprotocol, ...]:
@@ -290,6 +292,7 @@ class TextbookConv2d(FixedConv2d):
     """Convolution as the product of the unfolded matrix, as SecureNN counts it."""
 
     name = "securenn.conv2d"
+    suite = "securenn"
     levels = frozenset({Level.PROTOCOL})
 
     def parts(self, x: Type, w: Type) -> tuple[Subprotocol, ...]:
@@ -321,6 +324,7 @@ class TextbookReLU(FixedReLU):
     """DReLU by ShareConvert and ComputeMSB, then a product with x: 10 rounds, 704 bytes in the paper."""
 
     name = "securenn.relu"
+    suite = "securenn"
     levels = frozenset({Level.PROTOCOL})
 
     def infer(self, x: Type) -> Type:
@@ -399,6 +403,7 @@ class TextbookMaxPool2d(FixedMaxPool2d):
     """A sequential chain of comparisons over each window; the index is computed as published, and dropped."""
 
     name = "securenn.max_pool2d"
+    suite = "securenn"
     levels = frozenset({Level.PROTOCOL})
 
     def infer(self, x: Type) -> Type:
@@ -432,6 +437,7 @@ class TextbookArgmax(FixedArgmax):
     """The chain of Maxpool, of which only the index is kept."""
 
     name = "securenn.argmax"
+    suite = "securenn"
     levels = frozenset({Level.PROTOCOL})
 
     def infer(self, x: Type) -> Type:
@@ -453,6 +459,7 @@ class TextbookEqual(FixedEqual):
     """[x >= y] + [y >= x] - 1."""
 
     name = "securenn.equal"
+    suite = "securenn"
     levels = frozenset({Level.PROTOCOL})
 
     def parts(self, x: Type, y: Type) -> tuple[Subprotocol, ...]:

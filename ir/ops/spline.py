@@ -305,6 +305,7 @@ class SplineOnShares(FixedSpline):
     """
 
     name = "spline"
+    suite = "fused"
     levels = _PROTOCOL
 
     window: int = RING_BITS
@@ -329,6 +330,7 @@ class TextbookSpline(FixedSpline):
     """The same by textbook means: powers of x by products, one DReLU for every knot, a product with each bit."""
 
     name = "securenn.spline"
+    suite = "securenn"
     levels = _PROTOCOL
 
     def infer(self, x: Type) -> Type:

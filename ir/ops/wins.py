@@ -114,6 +114,7 @@ class ArgmaxByWins(FixedArgmax):
     """Logits made comparable in one round, all pairs compared in three more, the winner found in two."""
 
     name = "argmax_by_wins"
+    suite = "fused"
     levels = frozenset({Level.PROTOCOL})
     rings = tuple(DTYPES)
 
@@ -171,6 +172,15 @@ class ArgmaxByWins(FixedArgmax):
 
         wide, narrow = RING_BITS, SMALL_RING_BITS
         return (sample(2, 40, wide), sample(7, 61, wide), sample(10, 29, narrow), sample(20, 31, narrow))
+
+    @classmethod
+    def misfits(cls) -> tuple[Sample, ...]:
+        x = Type("secret", (Batch(), 10), 8, 29, SMALL_RING_BITS)
+        windows = (0, SLACK, 29 + SLACK - 1, SMALL_RING_BITS + SLACK, RING_BITS + 1)
+        return (
+            *(Sample(cls(window), (x,)) for window in windows),
+            *(Sample(cls(32), (x.with_(shape=(Batch(), classes)),)) for classes in (1, MOST_CLASSES + 1)),
+        )
 
 
 Op.retired["argmax_by_rank"] = (
