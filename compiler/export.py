@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import linecache
 import logging
-import os
 import threading
 import traceback
 import warnings
@@ -20,6 +19,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
 from tacit.ir.errors import CompileError, draw
+from tacit.runtime.forks import in_child
 
 Tensor = torch.Tensor
 _NOT_THE_USERS = {Path(file).parent for file in (str(torch.__file__), __file__, logging.__file__)}
@@ -45,8 +45,7 @@ def _renew_lock() -> None:
     _exporting = threading.RLock()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
+in_child(_renew_lock)
 
 
 def _one_at_a_time(function: Callable[_P, _T]) -> Callable[_P, _T]:

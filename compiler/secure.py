@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from tacit.ir.plan import Node, Plan
 from tacit.progress import log, track, waiting
 from tacit.runtime import ring
 from tacit.runtime.channel import LinkModel
-from tacit.runtime.cores import on_one_core, surviving_fork
+from tacit.runtime.cores import on_one_core, survive_forks
+from tacit.runtime.forks import in_child
 from tacit.runtime.overflow import interpret_checked
 from tacit.runtime.reference import compare, interpret
 from tacit.runtime.session import Run, Session, Trace
@@ -32,19 +32,6 @@ from tacit.trace import traced
 Tensor = torch.Tensor
 PLAN_FILE, WEIGHTS_FILE = "plan.txt", "weights.safetensors"
 _DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64)}
-
-
-_ALIVE: weakref.WeakSet[Secure] = weakref.WeakSet()
-
-
-def _renew_locks() -> None:
-    """In a forked process: a lock that another thread held is held for ever."""
-    for secure in list(_ALIVE):
-        secure._opening = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_locks)
 
 
 class Secure:
@@ -64,10 +51,14 @@ class Secure:
         self._dtype = dtype
         self._session: Session | None = None
         self._opening = threading.Lock()
-        _ALIVE.add(self)
+        survive_forks()
+        in_child(self._renew_lock)
 
     def __repr__(self) -> str:
         return f"<Secure {self.plan!r}>"
+
+    def _renew_lock(self) -> None:
+        self._opening = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         """Plan and weights: a copy opens a session of its own, as two owners of one would use the same masks."""
@@ -88,12 +79,9 @@ class Secure:
         """
         run = interpret_checked if check else interpret
 
-        def work() -> Any:
-            values = run(self.plan, self._weights, check_inputs(self.plan, inputs))
-            return decode_answer(self.plan, values[self.plan.result], self._dtype)
-
         with waiting("the clear oracle"):
-            return surviving_fork(work)
+            values = run(self.plan, self._weights, check_inputs(self.plan, inputs))
+        return self._decoded(values[self.plan.result])
 
     def check(self, *inputs: Any) -> Any:
         """A secure run compared with the oracle under the same public truncation offsets, bit for bit at every line.
@@ -104,12 +92,9 @@ class Secure:
         answer, trace = self._run(inputs, trace=True)
         assert trace is not None
 
-        def work() -> None:
+        with waiting("the clear oracle"):
             clear = interpret(self.plan, self._weights, check_inputs(self.plan, inputs), trace.offsets)
             compare(self.plan, trace.values, clear)
-
-        with waiting("the clear oracle"):
-            surviving_fork(work)
         return answer
 
     def _run(self, inputs: tuple[Any, ...], *, trace: bool) -> tuple[Any, Trace | None]:

@@ -1,22 +1,19 @@
 """On how many cores torch computes in a thread: on one, wherever parties work.
 
 torch's own threads spin while they wait for one another: beside the parties they cost milliseconds. And they do not
-survive a fork: a process that computed on several cores, and was forked, would wait for them for ever.
+survive a fork: the thread that goes on in the child would wait for them for ever, or crash.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import TypeVar
 
 import torch
 from threadpoolctl import ThreadpoolController
 
-_T = TypeVar("_T")
-_PROCESS = os.getpid()  # the one that imported this
+from tacit.runtime.forks import in_child
 
 
 @cache
@@ -45,6 +42,12 @@ def take_one_core() -> None:
     _setter()(1)
 
 
+@cache
+def survive_forks() -> None:
+    """In a forked process, the thread that was forked computes on one core from then on; others are not concerned."""
+    in_child(take_one_core)
+
+
 @contextmanager
 def on_one_core() -> Iterator[None]:
     before, setter = torch.get_num_threads(), _setter()
@@ -53,11 +56,3 @@ def on_one_core() -> Iterator[None]:
         yield
     finally:
         setter(before)
-
-
-def surviving_fork(work: Callable[[], _T]) -> _T:
-    """The result of `work`, which may use all cores; in a forked process it may not."""
-    if os.getpid() == _PROCESS:
-        return work()
-    with on_one_core():
-        return work()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from net_harness import Trio, close_to, compiled, images, small_model
+from test_processes import in_a_fork
 from typer.testing import CliRunner
 
 import tacit
@@ -91,6 +92,25 @@ def test_many_clients_at_once_get_their_own_answers(place: Trio) -> None:
 
         assert all(pool.map(ask, range(40)))
     place.assert_nothing_used_twice()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_forked_client_opens_connections_of_its_own(place: Trio) -> None:
+    """Two processes that write on one connection would use its TLS keys and nonces twice."""
+    remote, x = place.connect(), images(2)
+    try:
+        assert close_to(remote.predict(x), x)
+        mine = dict(remote._client._links)
+
+        def child() -> tuple[bool, bool]:
+            forgotten = not remote._client._links
+            return forgotten, close_to(remote.predict(x), x)
+
+        assert [in_a_fork(child) for _ in range(2)] == [(True, True)] * 2
+        assert close_to(remote.predict(x), x)
+        assert remote._client._links == mine and all(link.open for link in mine.values())
+    finally:
+        remote.close()
 
 
 def test_inputs_are_checked_before_anything_is_shared(place: Trio) -> None:

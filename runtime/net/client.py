@@ -18,6 +18,7 @@ from tacit.ir.cost import CLIENT, P0, P1, ROLES
 from tacit.ir.errors import PartyError, ProtocolError, RefusedError, TacitError
 from tacit.ir.plan import Plan
 from tacit.runtime.channel import NETWORKS
+from tacit.runtime.forks import in_child
 from tacit.runtime.net.deployment import Deployment, Identity, check_batch
 from tacit.runtime.net.flow import Flow, FlowChannel, Payload, books, budget
 from tacit.runtime.net.frames import PLAN_BYTES, Fields, FrameError, Header, Phase
@@ -56,12 +57,27 @@ class Client:
         self._digest = plan.digest if plan else deployment.plan
         self._take(plan)
         self._links: dict[int, Link] = {}
+        self._disconnected()
+        in_child(self._forked)
+
+    def _disconnected(self) -> None:
+        """The state of a client that nothing connects with anybody yet."""
+        self._links = {}
         self._flows: dict[int, tuple[Flow, dict[int, Link]]] = {}
         self._gone: OrderedDict[int, tuple[Flow, dict[int, Link]]] = OrderedDict()
         self._lock = threading.Lock()
         self._connecting = threading.Lock()
         self._closed = threading.Event()
-        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+        self._beating = False
+
+    def _forked(self) -> None:
+        """A forked process opens connections of its own: two that write on one would use TLS keys and nonces twice."""
+        for link in self._links.values():
+            link.leave()
+        closed = self._closed.is_set()
+        self._disconnected()
+        if closed:
+            self._closed.set()
 
     def close(self) -> None:
         self._closed.set()
@@ -141,6 +157,9 @@ class Client:
         with self._connecting:
             if self._closed.is_set():
                 raise PartyError("this client was closed")
+            if not self._beating:
+                threading.Thread(target=self._beat, args=(self._closed,), name="heartbeat", daemon=True).start()
+                self._beating = True
             for rank in (P0, P1):
                 link = self._links.get(rank)
                 if link is None or not link.open:
@@ -176,8 +195,8 @@ class Client:
             link.close("the client calls again")
         self._links.clear()
 
-    def _beat(self) -> None:
-        while not self._closed.wait(self.deployment.limits.heartbeat_seconds):
+    def _beat(self, closed: threading.Event) -> None:
+        while not closed.wait(self.deployment.limits.heartbeat_seconds):
             for link in list(self._links.values()):
                 if link.open:
                     link.ping()

@@ -241,6 +241,10 @@ class Link:
             self._delayed.wait()
         self._wire.finish()
 
+    def leave(self) -> None:
+        """In a forked process: let go of the connection, which goes on in the other one and notices nothing."""
+        self._wire.leave()
+
     def join(self, seconds: float) -> None:
         self._thread.join(seconds)
 
