@@ -146,8 +146,13 @@ def _value_text(value: Any) -> str:
     return str(value)
 
 
-@cache
 def _field_types(op: type[Op]) -> dict[str, Any]:
+    return _field_types_of(op.name)
+
+
+@cache
+def _field_types_of(name: str) -> dict[str, Any]:
+    op = Op.registry[name]
     hints = typing.get_type_hints(op)
     return {field.name: hints[field.name] for field in dataclasses.fields(op)}  # type: ignore[arg-type]
 
