@@ -261,7 +261,7 @@ def test_the_store_keeps_models_sessions_and_material(tmp_path: Path) -> None:
     assert [m.tobytes() for m in found[P2]] == [m.tobytes() for m in messages[P2]]
     with pytest.raises(ProtocolError, match="the material of batch 9 is lost"):
         again.take_material(NONCE, 9, 4)
-    path = tmp_path / "state/session/material" / NONCE / "10-4"
+    path = tmp_path / f"state/session/material/{NONCE}-10-4"
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(raw)

@@ -59,7 +59,7 @@ class Interpolate(LocalOp):
         expect(0 < self.axis < len(x.shape), f"axis {self.axis} is not one of {x}, or is the batch")
         expect(self.kind in ("linear", "cubic"), f"'{self.kind}' is no kind of interpolation")
         size = x.at(1).dims[self.axis]
-        expect(1 <= self.output and size * max(size, self.output) <= _MOST, f"{size} to {self.output}: no such matrix")
+        expect(self.output >= 1 and size * max(size, self.output) <= _MOST, f"{size} to {self.output}: no such matrix")
         expect(self.scale == 0 or int(size * self.scale) == self.output, f"{self.scale} of {size} is not {self.output}")
         shape = tuple(self.output if i == self.axis else d for i, d in enumerate(x.shape))
         most = int(self.coefficients(size).abs().sum(1).max())

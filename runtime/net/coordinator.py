@@ -11,7 +11,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from tacit.ir.cost import P1, P2, ROLES
 from tacit.ir.errors import PartyError, ProtocolError, RefusedError, TacitError
 from tacit.runtime.net.deployment import Limits, StoreSettings
-from tacit.runtime.net.engine import AHEAD, Engine, Job, Session
+from tacit.runtime.net.engine import AHEAD, Engine, Job
 from tacit.runtime.net.frames import Fields
 from tacit.runtime.net.link import Link
 from tacit.runtime.net.lobby import Visit

@@ -1,16 +1,17 @@
-"""Going on with a session that all three have on disk: whether nobody lost what it had consumed, and which batches are left.
+"""Going on with a session that all three have on disk: whether somebody lost what it had consumed, and what is left.
 
-Each party consumes on its own account, so three ledgers need not be alike: where one died, or a link, it lacks batches
-that were under way, and the two others have them. What can be said is this. P0 alone gives out batch ids, each below a
-bound that it has on disk beforehand. So nobody has consumed an id that is not below the bound, unless P0's folder is older
-than that: P0 would give the same ids out again. And whoever has consumed fewer batches than each of the two others, by
-more than may have been under way at once, counted from when they last went on together, has lost lines of its ledger.
+Each party consumes on its own account, so three ledgers need not be alike: where one died, or a link, it lacks
+batches that were under way, and the two others have them. What can be said is this. P0 alone gives out batch ids,
+each below a bound that it has on disk beforehand. So nobody has an id that is not below the bound, unless P0's folder
+is older than that: P0 would give the same ids out again. And whoever has consumed fewer batches than each of the two
+others, by more than may have been under way at once, counted from when they last went on together, has lost lines of
+its ledger.
 
-In both cases the session is not gone on with; a new one has other keys, so nothing of the old one can be used again. A
-false alarm (a dead party was sent many short requests before it was missed) costs no more than that. Fewer lost lines than
-are seen here are harmless: what P0 has given out it never gives out again, and of what is dealt ahead a batch is
-left only where none of the three ledgers has it. Three folders restored to one moment cannot be told from three
-that were never used since; only whoever restores them knows.
+In both cases the session is not gone on with; a new one has other keys, so nothing of the old one can be used again.
+A false alarm (a dead party was sent many short requests before it was missed) costs no more than that. Fewer lost
+lines than are seen here are harmless: what P0 has given out it never gives out again, and of what is dealt ahead a
+batch is left only where none of the three ledgers has it. Three folders restored to one moment cannot be told from
+three that were not used since; only whoever restores them knows.
 """
 
 from __future__ import annotations

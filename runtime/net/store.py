@@ -1,8 +1,8 @@
 """What a party keeps on disk: its shares of the weights, the session's keys, dealt material, and the ledger.
 
     STATE/model/        plan.txt, model.json, shares.safetensors (P0, P1)
-    STATE/session/      session.json (nonce, keys), opened.safetensors (P0, P1: W - B; P2: the masks B, which are its own),
-                        material/NONCE/ID-BATCH (P0, P1); reserved and resumed (P0)
+    STATE/session/      session.json (nonce, keys), opened.safetensors (P0, P1: W - B; P2: its masks B),
+                        material/NONCE-ID-BATCH (P0, P1); reserved and resumed (P0)
     STATE/ledger        one line for each batch consumed: session nonce, batch id, what for
 
 Files have mode 0600 in folders of mode 0700 and are not encrypted beyond that: a key for them would lie beside them.
@@ -114,8 +114,6 @@ class Store:
         self.ledger.open_session(session.nonce)
         target = self._fresh("session.new")
         (target / "material").mkdir(mode=0o700)
-        (target / "material" / session.nonce).mkdir(mode=0o700)
-        sync_folder(target / "material")
         keys = {str(peer): key.hex() for peer, key in session.keys.items()}
         write_file(target / "opened.safetensors", _with_tag(session.opened, session.nonce))
         write_file(
@@ -164,10 +162,10 @@ class Store:
             raise ProtocolError(f"{path} is damaged")
         return [int(number) for number in found]
 
-    # --- material: by session, as a job of the one before may still be at work ---
+    # --- material; by session in its name, as a job of the one before may still be at work ---
 
     def put_material(self, nonce: str, batch_id: int, batch: int, messages: Mapping[int, list[Payload]]) -> int:
-        """Keep what P2 sent for a batch; returns the bytes of the file. Raises ProtocolError in another session."""
+        """Keep what P2 sent for a batch; returns the bytes of the file. Raises ProtocolError without a session."""
         raw = _pack(messages)
         try:
             write_file(self._material(nonce, batch_id, batch), raw)
@@ -188,8 +186,8 @@ class Store:
     def stock(self, nonce: str) -> dict[int, tuple[int, int]]:
         """What lies in the store, by batch id: elements, bytes on disk."""
         out = {}
-        for path in (self.folder / "session" / "material" / nonce).glob("*-*"):
-            batch_id, _, batch = path.name.partition("-")
+        for path in (self.folder / "session" / "material").glob(f"{nonce}-*-*"):
+            batch_id, batch = path.name.split("-")[1:]
             if batch_id.isdigit() and batch.isdigit():
                 out[int(batch_id)] = int(batch), path.stat().st_size
         return out
@@ -198,7 +196,7 @@ class Store:
         self._material(nonce, batch_id, batch).unlink(missing_ok=True)
 
     def _material(self, nonce: str, batch_id: int, batch: int) -> Path:
-        return self.folder / "session" / "material" / nonce / f"{batch_id}-{batch}"
+        return self.folder / "session" / "material" / f"{nonce}-{batch_id}-{batch}"
 
     # --- files ---
 
