@@ -126,10 +126,10 @@ def _decode_texts(raw: bytes | bytearray | memoryview) -> dict[str, Any]:
     out: dict[str, Any] = {}
     try:
         text, at, due = bytes(raw).decode(), 0, "{"
-        while len(out) < _TEXTS:
+        for _ in range(_TEXTS):
             key, at = _text_at(text, at, due)
             out[key], at = _text_at(text, at, ":")
-            if text[at:] == "}":
+            if at == len(text) - 1 and text.endswith("}"):
                 return out
             due = ","
     except ValueError:
