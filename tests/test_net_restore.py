@@ -123,7 +123,7 @@ REST = [case for case in product((P0, P1, P2), SOME) if case not in QUICK]
 
 @pytest.mark.parametrize(("rank", "names"), [*QUICK, *(pytest.param(*c, marks=pytest.mark.slow) for c in REST)])
 def test_what_is_restored_is_noticed_or_harmless(place: Trio, used: Used, rank: int, names: tuple[str, ...]) -> None:
-    """From a backup that was taken while the session ran; three batches of the store and four new ones came after it."""
+    """From a backup taken while the session ran; three batches of the store and four new ones came after it."""
     session = fresh(place)
     back_up(place, rank)
     ask(place, 3, batch=2)

@@ -75,7 +75,7 @@ class Ledger:
         self._lock = threading.Condition()
         self._waiting: list[bytes] = []
         self._written = self._asked = 0
-        self._writing = False
+        self._writing = self._closed = False
         self._broken = ""
         self._used: dict[str, Ids] = {}
         self._file = open_file(path, os.O_RDWR | os.O_CREAT)
@@ -107,8 +107,8 @@ class Ledger:
     def consume(self, nonce: str, batch_id: int, label: str) -> None:
         """Mark a batch consumed, durably; raises ProtocolError if it was before."""
         with self._lock:
-            if self._broken:
-                raise ProtocolError(self._broken)
+            if self._broken or self._closed:
+                raise ProtocolError(self._broken or "the ledger was closed")
             if not self._used.setdefault(nonce, Ids()).add(batch_id):
                 raise ProtocolError(f"batch {batch_id} of this session was used before")
             self._waiting.append(f"{nonce} {batch_id} {label}\n".encode())
@@ -150,14 +150,13 @@ class Ledger:
             return self._used.setdefault(nonce, Ids())
 
     def close(self) -> None:
-        """Nothing is consumed from here on; what is being written, still is."""
+        """Nothing is consumed from here on; whoever was before that still has its line written."""
         with self._lock:
-            while self._writing:
+            self._closed = True
+            while self._writing or (self._waiting and not self._broken):
                 self._lock.wait()
             if self._file < 0:
                 return
-            self._broken = self._broken or "the ledger was closed"
-            self._lock.notify_all()
             with suppress(OSError):
                 os.ftruncate(self._file, self._end)
             os.close(self._file)
