@@ -56,12 +56,18 @@ class DivergenceError(TacitError):
     """The secure run and the clear oracle disagree; the message names the first node."""
 
 
+_WRITTEN = 128  # bits of a number that is written out
 _LONGEST = 1000  # characters of a line that is drawn: those of our own are shorter
 
 
 def shortened(text: str, most: int = 80) -> str:
     """A text that came from elsewhere, as a message quotes it."""
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def number(value: int) -> str:
+    """A number that came from elsewhere: Python refuses to write one of thousands of digits."""
+    return str(value) if value.bit_length() <= _WRITTEN else f"a number of {value.bit_length()} bits"
 
 
 def drawn(lines: Sequence[str], culprit: int, message: str) -> PlanError:

@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
-from tacit.ir.errors import PlanError, drawn, shortened
+from tacit.ir.errors import PlanError, drawn, number, shortened
 from tacit.ir.op import Level, Op
 from tacit.ir.plan import Node, NodeCost, Plan
 from tacit.ir.types import Type
@@ -140,10 +140,10 @@ def _value_text(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, tuple):
-        return "x".join(str(v) for v in value)
+        return "x".join(_value_text(v) for v in value)
     if isinstance(value, float):
         return repr(value)
-    return str(value)
+    return number(value) if isinstance(value, int) else str(value)
 
 
 def _field_types(op: type[Op]) -> dict[str, Any]:

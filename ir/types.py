@@ -13,7 +13,7 @@ from functools import cached_property
 
 import torch
 
-from tacit.ir.errors import PlanError, shortened
+from tacit.ir.errors import PlanError, number, shortened
 
 MAX_DIMENSIONS, MAX_ELEMENTS = 32, 1 << 40  # of a value: what is counted in 64 bits has room for all that follows
 RING_BITS = 64
@@ -36,7 +36,7 @@ class Batch:
     factor: int = 1
 
     def __str__(self) -> str:
-        return "N" if self.factor == 1 else f"{self.factor}N"
+        return "N" if self.factor == 1 else f"{number(self.factor)}N"
 
 
 Dim = int | Batch
@@ -61,14 +61,14 @@ class Type:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise PlanError(f"unknown kind '{shortened(self.kind)}'; known: {', '.join(KINDS)}")
-        if not self.shape or any(not isinstance(d, Batch) and d < 1 for d in self.shape):
-            raise PlanError(f"a shape has one or more dimensions, each at least 1: {shortened(str(self.shape))}")
+        if not self.shape or any(dim_at(d, 1) < 1 for d in self.shape):
+            raise PlanError(f"a shape has one or more dimensions, each at least 1: {shortened(shape_text(self.shape))}")
         if len(self.shape) > MAX_DIMENSIONS or math.prod(dim_at(d, 1) for d in self.shape) > MAX_ELEMENTS:
             raise PlanError(f"a value has at most {MAX_DIMENSIONS} dimensions and 2^40 elements")
         if self.ring not in DTYPES:
-            raise PlanError(f"a ring has {' or '.join(map(str, DTYPES))} bits, not {self.ring}")
+            raise PlanError(f"a ring has {' or '.join(map(str, DTYPES))} bits, not {number(self.ring)}")
         if not 1 <= self.width <= self.ring or not 0 <= self.frac < RING_BITS:
-            raise PlanError(f"f{self.frac}, b{self.width} do not fit the ring of {self.ring} bits")
+            raise PlanError(f"f{number(self.frac)}, b{number(self.width)} do not fit the ring of {self.ring} bits")
 
     def __str__(self) -> str:
         dims = "x".join(str(d) for d in self.shape)
@@ -154,7 +154,7 @@ def broadcast(x: tuple[Dim, ...], y: tuple[Dim, ...]) -> tuple[Dim, ...]:
 
 
 def shape_text(shape: tuple[Dim, ...]) -> str:
-    return "x".join(str(d) for d in shape)
+    return "x".join(number(d) if isinstance(d, int) else str(d) for d in shape)
 
 
 def bits_for(low: float, high: float) -> int:

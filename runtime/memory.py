@@ -1,4 +1,4 @@
-"""What becomes of this process's memory: freed buffers are kept for the next batch, and nobody is shown what it holds."""
+"""This process's memory: freed buffers are kept for the next batch, and nobody is shown what it holds."""
 
 from __future__ import annotations
 

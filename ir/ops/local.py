@@ -201,6 +201,8 @@ class AvgPool2d(_Pool):
     bits: int = 0
 
     def rectangles(self, height: int, width: int) -> tuple[list[Span], list[Span], Tensor]:
+        padded = zip(self.padding, self.kernel, strict=True)
+        expect(all(2 * p <= k for p, k in padded), "the padding is at most half the window")
         spans = [
             average_spans(size, k, s, p, ceil_mode=self.ceil_mode, count_include_pad=self.count_include_pad)
             for size, k, s, p in zip((height, width), self.kernel, self.stride, self.padding, strict=True)
