@@ -170,13 +170,14 @@ def test_numbers_are_bounded(text: str, value: str) -> None:
         refused(in_line(text, i, f"  %q : secret<Nx3, f14, b16> = {op} %input, {key}={value}"))
 
 
-def test_names_of_modules_come_back_whatever_they_are() -> None:
-    for name in ("a@b", "@", "a=b", "a,b", "%a", "é", "a:b", "x<y>", "@@"):
-        model = nn.Sequential(nn.Linear(2, 2))
-        model.add_module(name, nn.ReLU())
-        plan = tacit.compile(model.eval(), torch.rand(2, 2), input_range=(0, 1)).plan
-        assert any(node.path == name for node in plan.nodes), name
-        assert Plan.parse(str(plan)) == plan
+def test_a_path_comes_back_whatever_it_holds(text: str) -> None:
+    plan = Plan.parse(text)
+    for path in ("a@b", "@", "a=b", "a,b", "%a", "é", "a:b", "x<y>", "@@", "a" * 3000):
+        named = plan.with_nodes([dataclasses.replace(node, path=path) for node in plan.nodes])
+        assert Plan.parse(str(named)) == named
+    for path in ("a b", "a#b", "a\tb", "a\nb"):  # never another plan
+        named = plan.with_nodes([dataclasses.replace(node, path=path) for node in plan.nodes])
+        refused(str(named))
 
 
 # --- attributes ---
