@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from harness import samples
 from net_harness import Trio, compiled, images
 from torch import nn
 
 import tacit
 from tacit.ir.errors import PlanError, ProtocolError, RefusedError, TacitError
-from tacit.ir.op import Level
+from tacit.ir.op import Level, inferred
 from tacit.ir.plan import Node, Plan
 from tacit.ir.text import MAX_LINE, MAX_LINES
 from tacit.ir.types import Batch, Type
@@ -263,6 +264,21 @@ def test_an_absurd_attribute_is_refused_or_means_something() -> None:
                         pass
     assert tried > 3000
     assert accepted < tried / 2
+
+
+def test_a_number_of_bits_is_one() -> None:
+    """Before anything is computed with it: a shift by more takes memory without end."""
+    tried = 0
+    for level in (Level.FIXED, Level.PROTOCOL):
+        for _, sample in samples(level):
+            for name in ("bits", "drop", "frac", "of", "truncate", "window"):
+                if not hasattr(sample.op, name):
+                    continue
+                for value in (-1, 65, 10**12, 10**5000):
+                    tried += 1
+                    with within(0.2), pytest.raises(PlanError, match=f"{name} is"):
+                        inferred(dataclasses.replace(sample.op, **{name: value}), sample.args)  # type: ignore[type-var]
+    assert tried > 100
 
 
 # --- what a party and a client do with them ---
