@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import resource
 from contextlib import suppress
 from functools import cache
 
@@ -32,6 +31,8 @@ def keep_memory_private() -> None:
 
     Elsewhere than on Linux there is no core dump, and that is all.
     """
+    import resource  # where there is none, no party runs
+
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(_SET_DUMPABLE, 0, 0, 0, 0)

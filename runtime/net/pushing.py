@@ -111,13 +111,13 @@ def text_digest(text: str) -> str:
 
 def read_plan(text: str, limits: Limits) -> Plan:
     """A plan that came from elsewhere, verified and within the limits; raises ProtocolError, which names the line."""
-    if f"level={Level.PROTOCOL.value}," not in text.partition("\n")[0]:
-        raise ProtocolError("the plan is not at the protocol level")
     try:
         plan = Plan.parse(text).verify()
     except PlanError as error:
         where = f", line {error.line}" if error.line else ""
         raise ProtocolError(f"the plan is not valid{where}: {str(error).splitlines()[0]}") from None
+    if plan.level is not Level.PROTOCOL:
+        raise ProtocolError("the plan is not at the protocol level")
     _check_size(plan, limits)
     return plan
 
