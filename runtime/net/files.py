@@ -16,7 +16,9 @@ _SAFE = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 def open_folder(folder: Path) -> None:
     """Make it, and see to it that it is this user's alone; raises DeploymentError."""
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not folder.exists():
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            sync_folder(folder.parent)
         opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | _SAFE)
     except OSError as error:
         raise _refused(folder, error, "a folder") from None
@@ -24,7 +26,6 @@ def open_folder(folder: Path) -> None:
         _own(opened, folder, 0o700)
     finally:
         os.close(opened)
-    sync_folder(folder.parent)
 
 
 def open_file(path: Path, flags: int) -> int:
