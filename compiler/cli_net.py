@@ -86,12 +86,14 @@ def party_command(
     state: Annotated[Path | None, typer.Option(help="Folder for the party's state; default: beside the key.")] = None,
 ) -> None:
     """Run a party until SIGTERM or SIGINT; the log goes to stderr, one JSON object a line."""
+    from tacit.runtime.memory import keep_memory_private
     from tacit.runtime.net.server import PartyServer
 
     with clear_errors():
         found, who = _read(deployment, identity)
         if ROLES[who.member.role] != role:
             raise Failure(f"{identity} is the identity of {who.member.name}, not of {role}")
+        keep_memory_private()
         server = PartyServer(found, who, state)
         stop = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -16,7 +16,12 @@ class CompilerBug(TacitError):
 
 
 class PlanError(TacitError):
-    """A plan is malformed: text that does not parse, a type that does not hold, a broken seal."""
+    """A plan is malformed: text that does not parse, a type that does not hold, a broken seal.
+
+    `line` is the number of the line at fault, 0 where it is none in particular.
+    """
+
+    line: int = 0
 
 
 class InputError(TacitError, ValueError):
@@ -51,13 +56,35 @@ class DivergenceError(TacitError):
     """The secure run and the clear oracle disagree; the message names the first node."""
 
 
+_WRITTEN = 128  # bits of a number that is written out
+_LONGEST = 1000  # characters of a line that is drawn: those of our own are shorter
+
+
+def shortened(text: str, most: int = 80) -> str:
+    """A text that came from elsewhere, as a message quotes it."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def number(value: int) -> str:
+    """A number that came from elsewhere: Python refuses to write one of thousands of digits."""
+    return str(value) if value.bit_length() <= _WRITTEN else f"a number of {value.bit_length()} bits"
+
+
+def drawn(lines: Sequence[str], culprit: int, message: str) -> PlanError:
+    """The error of a line, drawn."""
+    error = PlanError(draw(lines, culprit, message))
+    error.line = culprit + 1
+    return error
+
+
 def draw(lines: Sequence[str], culprit: int, message: str, *, context: int = 3) -> str:
     """`message`, then the lines around `culprit` with carets under it."""
     first, last = max(0, culprit - context), min(len(lines), culprit + context + 1)
     out = [message, ""]
     for i in range(first, last):
-        out.append(f"  {i + 1:>4} | {lines[i]}")
+        line = shortened(lines[i], _LONGEST)
+        out.append(f"  {i + 1:>4} | {line}")
         if i == culprit:
-            indent = len(lines[i]) - len(lines[i].lstrip())
-            out.append("       | " + " " * indent + "^" * max(1, len(lines[i].strip())))
+            indent = len(line) - len(line.lstrip())
+            out.append("       | " + " " * indent + "^" * max(1, len(line.strip())))
     return "\n".join(out)

@@ -218,10 +218,27 @@ def expect_kind(kind: str, *args: Type) -> None:
 @lru_cache(maxsize=1 << 15)
 def inferred(op: Op, args: tuple[Type, ...]) -> Type:
     """`op.infer(*args)`, remembered: a plan is verified after every pass, and most of its lines do not change."""
+    _expect_numbers(op)
     for arg in args:
         expect(arg.kind == "real" or arg.ring in op.rings, f"{op.name} has no protocol in Z_2^{arg.ring}: {arg}")
         expect(arg.ring == args[0].ring, f"operands of two rings: {args[0]} and {arg}")
-    return op.infer(*args)
+    try:
+        return op.infer(*args)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # A plan may come from a stranger: its attributes need not even have the form that `infer` computes with.
+        raise PlanError(f"{op.name} does not take {len(args)} operands with these attributes") from error
+
+
+_BITS = frozenset({"bits", "drop", "frac", "of", "truncate", "window"})  # attributes that count bits of a word
+
+
+def _expect_numbers(op: Op) -> None:
+    """Attributes are numbers that machines count with; raises PlanError."""
+    for name, value in vars(op).items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int):
+                expect(-(1 << 63) <= number < 1 << 64, f"{name} is not a number of 64 bits")
+        expect(name not in _BITS or 0 <= value <= RING_BITS, f"{name} is a number of bits, from 0 to {RING_BITS}")
 
 
 _PROBES = (3, 5)

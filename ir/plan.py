@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import networkx as nx
 
 from tacit.ir.cost import P0, P1, P2, ROLES, Cost, Link, Randomness
-from tacit.ir.errors import PlanError, draw
+from tacit.ir.errors import CompileError, PlanError, drawn
 from tacit.ir.op import Level, Op, Subprotocol, inferred
 from tacit.ir.types import Type
 
@@ -363,7 +363,7 @@ class Plan:
             try:
                 self._verify_node(node, seen)
             except PlanError as error:
-                raise PlanError(self._drawn(i, str(error))) from None
+                raise self._drawn(i, str(error)) from None
             seen[node.name] = node.type
         if self.result not in seen:
             raise PlanError(f"plan {self.name} returns %{self.result}, which it does not define")
@@ -389,11 +389,11 @@ class Plan:
             raise PlanError(f"{node.op.name} belongs to the suite {node.op.suite}, the plan says {self.protocol}")
         if node.op.declares and self._declared.get(_declaration(node.op)) != node.name:
             raise PlanError(f"two lines are {' '.join(_declaration(node.op))}")
+        operands = (node.type,) if node.op.declares else tuple(seen[arg] for arg in node.args)
         try:
-            operands = (node.type,) if node.op.declares else tuple(seen[arg] for arg in node.args)
             found = inferred(node.op, operands)
-        except TypeError:
-            raise PlanError(f"{node.op.name} does not take {len(node.args)} operands") from None
+        except CompileError as error:  # a function that there is none of
+            raise PlanError(str(error)) from None
         # Range analysis may claim a smaller width than the types alone give, never a larger one.
         if found.with_(width=node.type.width) != node.type or node.type.width > found.width:
             raise PlanError(f"%{node.name} is declared {node.type}, but {node.op.name} gives {found}")
@@ -413,7 +413,7 @@ class Plan:
         """The first line of each input and weight."""
         return {_declaration(node.op): node.name for node in reversed(self.nodes) if node.op.declares}
 
-    def _drawn(self, index: int, message: str) -> str:
+    def _drawn(self, index: int, message: str) -> PlanError:
         from tacit.ir.text import node_text
 
-        return draw([node_text(node) for node in self.nodes], index, message)
+        return drawn([node_text(node) for node in self.nodes], index, message)

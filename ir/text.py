@@ -7,25 +7,33 @@
 The four hexadecimal digits that end each line are a checksum of the line, so that an edited line can
 be pointed at; the seal is the SHA-256 of everything above it. They guard against accidents and
 careless edits. Against a malicious editor the parties compare the digest of the whole text.
+
+A text may come from a stranger: reading takes time in proportion to it, lines and numbers are bounded,
+and whatever does not fit is a PlanError.
 """
 
 import dataclasses
 import hashlib
+import math
 import re
 import typing
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
-from tacit.ir.errors import PlanError, draw
+from tacit.ir.errors import PlanError, drawn, number, shortened
 from tacit.ir.op import Level, Op
 from tacit.ir.plan import Node, NodeCost, Plan
 from tacit.ir.types import Type
 
 _HEADER = ("level", "protocol", "reveal", "ranges")
 _LONG_CALL, _LONG_LINE = 120, 260
-_LINE = re.compile(
-    r"%(?P<name>\w+)\s*:\s*(?P<type>\w+<[^>]*>)\s*=\s*(?P<op>[\w.]+)(?P<rest>[^@]*?)(?:@(?P<path>\S*))?\s*"
-)
+MAX_LINES, MAX_LINE = 1 << 16, 1 << 16  # lines, and characters of one
+_MAX_DIGITS = 40  # of a whole number: more than any ring or shape asks for
+# What a line begins with. Possessive: what one part took, the next cannot ask back, so a line is read once.
+_BEGIN = re.compile(r"%(?P<name>\w++)\s*+:\s*+(?P<type>\w++<[^>]*+>)\s*+=\s*+(?P<op>[\w.]++)")
+_TITLE = re.compile(r"plan ([\w.]++) \{  ")
+_RINGS = re.compile(r"[\d^+]++")
 
 
 def print_plan(plan: Plan) -> str:
@@ -39,7 +47,9 @@ def print_plan(plan: Plan) -> str:
         lines.append(f"{line:<{width}}  # {figure}  {_check(line)}")
     lines += left[-2:]
     body = "\n".join(lines)
-    return f"{body}\nseal {_seal(body)}\n"
+    text = f"{body}\nseal {_seal(body)}\n"
+    _lines(text)  # what cannot be read is not written
+    return text
 
 
 def node_text(node: Node) -> str:
@@ -49,13 +59,13 @@ def node_text(node: Node) -> str:
 
 def parse_plan(text: str) -> Plan:
     """The inverse of `print_plan`; raises PlanError with the line at fault drawn."""
-    lines = text.rstrip("\n").split("\n")
+    lines = _lines(text)
     if len(lines) < 4 or not lines[-1].startswith("seal ") or lines[-2] != "}":
         raise PlanError("this is not a whole plan: it ends with '}' and a seal line")
     name, header = _parse_header(lines)
-    result = re.fullmatch(r"  return %(\w+)", lines[-3])
+    result = re.fullmatch(r"  return %(\w++)", lines[-3])
     if not result:
-        raise PlanError(draw(lines, len(lines) - 3, "expected 'return %name'"))
+        raise drawn(lines, len(lines) - 3, "expected 'return %name'")
     nodes = tuple(_parse_line(lines, i) for i in range(1, len(lines) - 3))
     plan = Plan(
         name, nodes, result.group(1), Level(header["level"]), header["protocol"], header["reveal"], header["ranges"]
@@ -63,6 +73,17 @@ def parse_plan(text: str) -> Plan:
     _verify_drawn(plan, lines)
     _verify_seal(plan, lines)
     return plan
+
+
+def _lines(text: str) -> list[str]:
+    count = text.count("\n")
+    if count > MAX_LINES:
+        raise PlanError(f"a plan has at most {MAX_LINES} lines, this one has {count}")
+    lines = text.rstrip("\n").split("\n")
+    for i, line in enumerate(lines):
+        if len(line) > MAX_LINE:
+            raise drawn(lines, i, f"a line has at most {MAX_LINE} characters, this one has {len(line)}")
+    return lines
 
 
 def _rings(plan: Plan) -> str:
@@ -119,13 +140,19 @@ def _value_text(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, tuple):
-        return "x".join(str(v) for v in value)
+        return "x".join(_value_text(v) for v in value)
     if isinstance(value, float):
         return repr(value)
-    return str(value)
+    return number(value) if isinstance(value, int) else str(value)
 
 
 def _field_types(op: type[Op]) -> dict[str, Any]:
+    return _field_types_of(op.name)
+
+
+@cache
+def _field_types_of(name: str) -> dict[str, Any]:
+    op = Op.registry[name]
     hints = typing.get_type_hints(op)
     return {field.name: hints[field.name] for field in dataclasses.fields(op)}  # type: ignore[arg-type]
 
@@ -136,52 +163,64 @@ def _parse_value(kind: Any, text: str) -> Any:
             raise ValueError(text)
         return text == "true"
     if kind in (int, float):
-        return kind(text)
+        return _number(kind, text)
     if typing.get_origin(kind) is tuple:
         element = typing.get_args(kind)[0]
-        return tuple(element(v) for v in text.split("x"))
+        return tuple(_number(element, v) for v in text.split("x"))
     if not re.fullmatch(r"[\w.\-;:()\[\]{}]+", text):
         raise ValueError(text)
     return text
 
 
+def _number(kind: type[int] | type[float], text: str) -> int | float:
+    value = kind(text) if len(text) <= _MAX_DIGITS else math.nan
+    if value != value:
+        raise ValueError(text)
+    return value
+
+
 def _parse_header(lines: list[str]) -> tuple[str, dict[str, str]]:
-    found = re.fullmatch(r"plan ([\w.]+) \{  (.*), ring=[\d^+]+\s*(#.*)?", lines[0])
-    if not found:
-        raise PlanError(draw(lines, 0, "expected 'plan NAME {  level=..., ring=2^64'"))
-    header = dict(re.findall(r"(\w+)=(\w+)", found.group(2)))
-    if tuple(header) != _HEADER or header["level"] not in {level.value for level in Level}:
-        raise PlanError(draw(lines, 0, f"the header gives {', '.join(_HEADER)}, in this order"))
-    return found.group(1), header
+    line = lines[0].partition("#")[0].rstrip()
+    title, (fields, _, rings) = _TITLE.match(line), line.rpartition(", ring=")
+    if not title or len(fields) < title.end() or not _RINGS.fullmatch(rings):
+        raise drawn(lines, 0, "expected 'plan NAME {  level=..., ring=2^64'")
+    parts = [part.partition("=") for part in fields[title.end() :].split(", ")]
+    header = {key: value for key, _, value in parts}
+    if tuple(key for key, _, _ in parts) != _HEADER or header["level"] not in {level.value for level in Level}:
+        raise drawn(lines, 0, f"the header gives {', '.join(_HEADER)}, in this order")
+    return title.group(1), header
 
 
 def _parse_line(lines: list[str], i: int) -> Node:
-    found = _LINE.fullmatch(lines[i].split("#")[0].strip())
+    # No attribute holds an @, a module's name may: the first one begins the path.
+    line, _, path = lines[i].partition("#")[0].strip().partition("@")
     try:
-        if not found:
+        found = _BEGIN.match(line)
+        if not found or not re.fullmatch(r"\S*", path):
             raise PlanError("expected '%name : type = op %operand, ..., key=value  @path'")
         op_type = Op.registry.get(found["op"])
         if op_type is None:
-            raise PlanError(Op.retired.get(found["op"], f"there is no op '{found['op']}'"))
-        args, attributes = _parse_operands(found["rest"], op_type)
-        return Node(found["name"], op_type(**attributes), args, Type.parse(found["type"]), found["path"] or "")
+            raise PlanError(Op.retired.get(found["op"], f"there is no op '{shortened(found['op'])}'"))
+        args, attributes = _parse_operands(line[found.end() :], op_type)
+        return Node(found["name"], op_type(**attributes), args, Type.parse(found["type"]), path)
     except PlanError as error:
-        raise PlanError(draw(lines, i, str(error))) from None
+        raise drawn(lines, i, str(error)) from None
 
 
 def _parse_operands(text: str, op_type: type[Op]) -> tuple[tuple[str, ...], dict[str, Any]]:
     args, attributes, kinds = [], {}, _field_types(op_type)
     for item in filter(None, (part.strip() for part in text.split(","))):
-        if operand := re.fullmatch(r"%(\w+)", item):
+        if operand := re.fullmatch(r"%(\w++)", item):
             args.append(operand.group(1))
             continue
         key, _, value = item.partition("=")
         if key not in kinds or key in attributes:
-            raise PlanError(f"{op_type.name} has no attribute '{key}'; it takes: {', '.join(kinds) or 'none'}")
+            known = ", ".join(kinds) or "none"
+            raise PlanError(f"{op_type.name} has no attribute '{shortened(key)}'; it takes: {known}")
         try:
             attributes[key] = _parse_value(kinds[key], value)
         except ValueError:
-            raise PlanError(f"'{value}' is not a value for {key}") from None
+            raise PlanError(f"'{shortened(value)}' is not a value for {key}") from None
     missing = [
         f.name
         for f in dataclasses.fields(op_type)  # type: ignore[arg-type]
@@ -199,10 +238,10 @@ def _verify_drawn(plan: Plan, lines: list[str]) -> None:
         try:
             plan._verify_node(node, seen)
         except PlanError as error:
-            raise PlanError(draw(lines, count, str(error))) from None
+            raise drawn(lines, count, str(error)) from None
         seen[node.name] = node.type
     if plan.result not in plan.by_name:
-        raise PlanError(draw(lines, len(lines) - 3, f"%{plan.result} is not defined"))
+        raise drawn(lines, len(lines) - 3, f"%{shortened(plan.result)} is not defined")
 
 
 def _verify_seal(plan: Plan, lines: list[str]) -> None:
@@ -212,7 +251,7 @@ def _verify_seal(plan: Plan, lines: list[str]) -> None:
     for i, (given, printed) in enumerate(zip(lines, canonical, strict=True)):
         if given != printed:
             message = f"this line was edited: its checksum or figures do not match (expected: {printed.strip()!r})"
-            raise PlanError(draw(lines, i, message))
+            raise drawn(lines, i, message)
 
 
 def _check(line: str) -> str:

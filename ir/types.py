@@ -13,8 +13,9 @@ from functools import cached_property
 
 import torch
 
-from tacit.ir.errors import PlanError
+from tacit.ir.errors import PlanError, number, shortened
 
+MAX_DIMENSIONS, MAX_ELEMENTS = 32, 1 << 40  # of a value: what is counted in 64 bits has room for all that follows
 RING_BITS = 64
 SMALL_RING_BITS = 32
 DTYPES = {RING_BITS: torch.int64, SMALL_RING_BITS: torch.int32}
@@ -35,7 +36,7 @@ class Batch:
     factor: int = 1
 
     def __str__(self) -> str:
-        return "N" if self.factor == 1 else f"{self.factor}N"
+        return "N" if self.factor == 1 else f"{number(self.factor)}N"
 
 
 Dim = int | Batch
@@ -59,13 +60,15 @@ class Type:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise PlanError(f"unknown kind '{self.kind}'; known: {', '.join(KINDS)}")
-        if not self.shape or any(not isinstance(d, Batch) and d < 1 for d in self.shape):
-            raise PlanError(f"a shape has one or more dimensions, each at least 1: {self.shape}")
+            raise PlanError(f"unknown kind '{shortened(self.kind)}'; known: {', '.join(KINDS)}")
+        if not self.shape or any(dim_at(d, 1) < 1 for d in self.shape):
+            raise PlanError(f"a shape has one or more dimensions, each at least 1: {shortened(shape_text(self.shape))}")
+        if len(self.shape) > MAX_DIMENSIONS or math.prod(dim_at(d, 1) for d in self.shape) > MAX_ELEMENTS:
+            raise PlanError(f"a value has at most {MAX_DIMENSIONS} dimensions and 2^40 elements")
         if self.ring not in DTYPES:
-            raise PlanError(f"a ring has {' or '.join(map(str, DTYPES))} bits, not {self.ring}")
+            raise PlanError(f"a ring has {' or '.join(map(str, DTYPES))} bits, not {number(self.ring)}")
         if not 1 <= self.width <= self.ring or not 0 <= self.frac < RING_BITS:
-            raise PlanError(f"f{self.frac}, b{self.width} do not fit the ring of {self.ring} bits")
+            raise PlanError(f"f{number(self.frac)}, b{number(self.width)} do not fit the ring of {self.ring} bits")
 
     def __str__(self) -> str:
         dims = "x".join(str(d) for d in self.shape)
@@ -77,13 +80,13 @@ class Type:
     @staticmethod
     def parse(text: str) -> "Type":
         """The inverse of `str`; raises PlanError."""
-        found = re.fullmatch(r"(\w+)<([\dNx]+)(?:, f(\d+), b(\d+)(?:, r(\d+))?)?>", text)
+        found = re.fullmatch(r"(\w+)<([\dNx]+)(?:, f(\d{1,4}), b(\d{1,4})(?:, r(\d{1,4}))?)?>", text)
         if not found:
-            raise PlanError(f"'{text}' is not a type, as in secret<Nx784, f12, b16>")
+            raise PlanError(f"'{shortened(text)}' is not a type, as in secret<Nx784, f12, b16>")
         kind, dims, frac, width, ring = found.groups()
         if (kind == "real") != (frac is None):
-            raise PlanError(f"'{text}': real values have no scale, all others have one (f12, b16)")
-        shape = tuple(_parse_dim(d, text) for d in dims.split("x"))
+            raise PlanError(f"'{shortened(text)}': real values have no scale, all others have one (f12, b16)")
+        shape = tuple(_parse_dim(d) for d in dims.split("x"))
         return Type(kind, shape, int(frac or 0), int(width or RING_BITS), int(ring or RING_BITS))
 
     @property
@@ -129,10 +132,10 @@ class Type:
         return DTYPES[self.ring]
 
 
-def _parse_dim(text: str, whole: str) -> Dim:
-    found = re.fullmatch(r"(\d*)N|(\d+)", text)
+def _parse_dim(text: str) -> Dim:
+    found = re.fullmatch(r"(\d{0,18})N|(\d{1,18})", text)
     if not found:
-        raise PlanError(f"'{text}' is not a dimension in '{whole}'")
+        raise PlanError(f"'{shortened(text)}' is not a dimension, as in Nx784")
     if found.group(2):
         return int(found.group(2))
     return Batch(int(found.group(1) or 1))
@@ -151,7 +154,7 @@ def broadcast(x: tuple[Dim, ...], y: tuple[Dim, ...]) -> tuple[Dim, ...]:
 
 
 def shape_text(shape: tuple[Dim, ...]) -> str:
-    return "x".join(str(d) for d in shape)
+    return "x".join(number(d) if isinstance(d, int) else str(d) for d in shape)
 
 
 def bits_for(low: float, high: float) -> int:

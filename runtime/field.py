@@ -229,12 +229,12 @@ def _thermometer(shares: Array, begin: int, digit: Array, levels: int, one: np.u
 
 @njit(nogil=True, cache=True, inline="always")
 def _entries(g: Array, h: Array, flip: Array, above: Array, one: np.uint8, p: int, out: Array) -> None:
-    """out = above + (1 - g where flip is 0, h where it is 1)."""
+    """out = above + (1 - g where flip is 0, h where it is all ones), in a time that does not depend on flip."""
     prime = np.uint8(p)
     for e in range(out.size):
         strict = np.uint8(one - g[e])
         strict = min(strict, np.uint8(strict + prime))  # one - g is at least -p
-        d = np.uint8(above[e] + (h[e] if flip[e] != 0 else strict))
+        d = np.uint8(above[e] + (strict ^ ((strict ^ h[e]) & flip[e])))
         out[e] = min(d, np.uint8(d - prime))
 
 
@@ -292,12 +292,12 @@ def _blind(
     rows = np.empty((2, positions, _BLOCK), np.uint8)
     word = np.empty(_BLOCK, np.uint64)
     above, d, digit = np.empty(_BLOCK, np.uint8), np.empty(_BLOCK, np.uint8), np.empty(_BLOCK, np.uint8)
-    g, h = np.empty(_BLOCK, np.uint8), np.empty(_BLOCK, np.uint8)
+    g, h, flip = np.empty(_BLOCK, np.uint8), np.empty(_BLOCK, np.uint8), np.empty(_BLOCK, np.uint8)
     for begin in range(0, n, _BLOCK):
         end = min(n, begin + _BLOCK)
         m = end - begin
-        flip = beta[begin:end]
         for e in range(m):
+            flip[e] = np.uint8(0) - np.uint8(beta[begin + e] != 0)
             word[e] = (np.uint64(c[begin + e]) >> np.uint64(low)) & mask
             above[e] = np.uint8(0)
         for i in range(positions - 1, -1, -1):
@@ -306,7 +306,7 @@ def _blind(
             _thermometer(share[first:], begin, digit[:m], min(levels, len(share) - first), one, g, h)
             # Where digits are equal down to the lowest, c >= r holds and r > c does not: the two tests are
             # complements of one another, and nothing has to be known about equality.
-            _entries(g[:m], h[:m] if i > 0 else g[:m], flip, above[:m], one, p, d[:m])
+            _entries(g[:m], h[:m] if i > 0 else g[:m], flip[:m], above[:m], one, p, d[:m])
             _accumulate(g[:m], h[:m], one, p, above[:m])
             _hide(d[:m], s[i, begin:end], z[i, begin:end], p, rank != 0, rows[0, i, :m])
         # Rotate every column by its own shift: one stage for each bit of the shift.

@@ -1,13 +1,15 @@
-"""One setting of the C library: keep freed buffers for the next batch instead of returning them at once."""
+"""This process's memory: freed buffers are kept for the next batch, and nobody is shown what it holds."""
 
 from __future__ import annotations
 
 import ctypes
+from contextlib import suppress
 from functools import cache
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # <malloc.h>
 _LARGEST_BLOCK = 32 << 20  # the most that glibc accepts
 _KEPT = 512 << 20
+_SET_DUMPABLE = 4  # <linux/prctl.h>
 
 
 @cache
@@ -22,3 +24,15 @@ def keep_freed_buffers() -> bool:
     except (AttributeError, OSError):
         return False
     return bool(mallopt(_MMAP_THRESHOLD, _LARGEST_BLOCK)) and bool(mallopt(_TRIM_THRESHOLD, _KEPT))
+
+
+def keep_memory_private() -> None:
+    """No core dump of this process, and no debugger of the same user attaches to it: it holds keys, masks and shares.
+
+    Elsewhere than on Linux there is no core dump, and that is all.
+    """
+    import resource  # where there is none, no party runs
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_SET_DUMPABLE, 0, 0, 0, 0)

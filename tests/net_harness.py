@@ -135,9 +135,9 @@ class Place:
         raise AssertionError(f"P0 does not serve within {seconds} s: {state}")
 
     def ledger(self, role: str) -> list[tuple[str, int]]:
-        """(session nonce, batch id) of every line."""
-        lines = written(self.folder / role / "state" / "ledger").splitlines()
-        return [(line.split()[0], int(line.split()[1])) for line in lines]
+        """(session nonce, batch id) of every line but those that open a session, which are of batch 0."""
+        lines = [line.split() for line in written(self.folder / role / "state" / "ledger").splitlines()]
+        return [(line[0], int(line[1])) for line in lines if int(line[1])]
 
     def assert_nothing_used_twice(self) -> None:
         for role in PARTIES:

@@ -22,7 +22,8 @@ from tacit.ir.errors import DeploymentError, ProtocolError
 from tacit.runtime.net.certificates import init_deployment
 from tacit.runtime.net.deployment import Deployment, load_deployment, load_identity, parse_place
 from tacit.runtime.net.frames import Fields, FrameError
-from tacit.runtime.net.store import Ids, Ledger, Model, SessionRecord, Store
+from tacit.runtime.net.ledger import Ids, Ledger
+from tacit.runtime.net.store import Model, SessionRecord, Store
 
 NONCE = "ab" * 16
 PLACES = [("127.0.0.1", 7600), ("127.0.0.1", 7601), ("::1", 7602)]
@@ -241,8 +242,8 @@ def test_the_store_keeps_models_sessions_and_material(tmp_path: Path) -> None:
     store.save_model(Model("01" * 16, secure.plan, shares))
     store.save_session(SessionRecord(NONCE, "01" * 16, {P1: b"k" * 16, P2: b"l" * 16}, {"m0": torch.ones(2, 2).long()}))
     messages = {P2: [np.arange(5, dtype=np.uint8), np.zeros(0, np.uint8), np.full(70000, 7, np.uint8)]}
-    store.put_material(9, 4, messages)
-    store.put_material(10, 4, messages)
+    store.put_material(NONCE, 9, 4, messages)
+    store.put_material(NONCE, 10, 4, messages)
     assert store.reserve(5) > 5
     with pytest.raises(DeploymentError, match="belongs to a party that is running"):
         Store(tmp_path / "state")
@@ -254,20 +255,20 @@ def test_the_store_keeps_models_sessions_and_material(tmp_path: Path) -> None:
     assert model.plan.digest == secure.plan.digest
     assert all(torch.equal(model.shares[k], shares[k]) for k in shares)
     assert (session.nonce, session.keys) == (NONCE, {P1: b"k" * 16, P2: b"l" * 16})
-    assert {i: batch for i, (batch, _) in again.stock().items()} == {9: 4, 10: 4}
+    assert {i: batch for i, (batch, _) in again.stock(NONCE).items()} == {9: 4, 10: 4}
     assert again.reserved() > 5
-    found = again.take_material(9, 4)
+    found = again.take_material(NONCE, 9, 4)
     assert [m.tobytes() for m in found[P2]] == [m.tobytes() for m in messages[P2]]
     with pytest.raises(ProtocolError, match="the material of batch 9 is lost"):
-        again.take_material(9, 4)
-    path = tmp_path / "state/session/material/10-4"
+        again.take_material(NONCE, 9, 4)
+    path = tmp_path / f"state/session/material/{NONCE}-10-4"
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(raw)
     with pytest.raises(ProtocolError, match="the material of batch 10 is damaged"):
-        again.take_material(10, 4)
+        again.take_material(NONCE, 10, 4)
     again.save_session(SessionRecord("cd" * 16, "01" * 16, {}, {}))
-    assert again.stock() == {}
+    assert again.stock("cd" * 16) == {}
     assert again.reserved() == 1
     (tmp_path / "state/model/shares.safetensors").write_bytes(b"broken")
     assert again.load_model() is None

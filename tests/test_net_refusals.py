@@ -198,6 +198,48 @@ def test_a_caller_without_a_certificate_or_with_old_tls(place: Trio) -> None:
             wrapped.recv(1)
 
 
+def caller(place: Trio, who: str = "client") -> ssl.SSLContext:
+    """A context that shows a good certificate; what else it does is the test's affair."""
+    identity = load_identity(place.deployment, place.folder / who)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    tls.check_hostname = False
+    tls.load_verify_locations(cadata=place.deployment.authority)
+    tls.load_cert_chain(identity.certificate, identity.key)
+    return tls
+
+
+@pytest.mark.parametrize("rank", range(3))
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_a_good_certificate_over_old_tls(place: Trio, rank: int, version: ssl.TLSVersion) -> None:
+    address, tls = place.deployment.party(rank).address, caller(place)
+    assert address is not None
+    tls.maximum_version = version
+    with socket.create_connection(address, timeout=5) as sock:
+        if version is ssl.TLSVersion.TLSv1_3:
+            with tls.wrap_socket(sock) as wrapped:
+                assert wrapped.version() == "TLSv1.3"
+            return
+        with pytest.raises((ssl.SSLError, ConnectionError), match=r"PROTOCOL_VERSION|protocol version|reset"):
+            tls.wrap_socket(sock)
+
+
+@pytest.mark.parametrize("rank", range(3))
+def test_sessions_of_tls_are_not_resumed(place: Trio, rank: int) -> None:
+    """No ticket comes, and one that a caller has all the same buys nothing: each connection proves its key again."""
+    address, tls = place.deployment.party(rank).address, caller(place)
+    assert address is not None
+    sessions = []
+    for attempt in range(2):
+        sock = socket.create_connection(address, timeout=5)
+        with tls.wrap_socket(sock, session=sessions[-1] if sessions else None) as wrapped:
+            wrapped.settimeout(0.3)
+            with suppress(TimeoutError):  # a ticket would come with the first bytes
+                wrapped.recv(1)
+            assert not wrapped.session_reused, f"attempt {attempt}"
+            assert wrapped.session is not None and not wrapped.session.has_ticket
+            sessions.append(wrapped.session)
+
+
 def test_a_party_that_shows_anothers_certificate_is_not_believed(place: Trio) -> None:
     """P1 answers at P0's address: the caller refuses, and P1 is told."""
     full = load_deployment(place.file)

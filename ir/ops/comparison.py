@@ -312,5 +312,6 @@ def check_window(x: Type, window: int, drop: int) -> None:
     """The condition under which a comparison of `window` bits gives the sign."""
     expect(x.width <= window <= x.ring, f"a window of {window} bits does not hold {x}")
     expect(
-        drop == 0 or window - 1 - drop >= ROOM_BITS, f"dropping {drop} of {window} bits leaves too little to compare"
+        drop == 0 or (drop > 0 and window - 1 - drop >= ROOM_BITS),
+        f"dropping {drop} of {window} bits leaves too little to compare",
     )

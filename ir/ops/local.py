@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 _N = Batch()
+_MOST_AREAS = 1 << 24  # their sizes are one table
 
 
 def grown(x: Type, width: int) -> int:
@@ -123,6 +124,11 @@ class MulPublic(LocalOp):
         return (Sample(cls(-37, 6), (x,)), Sample(cls(1 << 16, 16), (x,)))
 
 
+def _areas(heights: list[int], widths: list[int]) -> Tensor:
+    expect(len(heights) * len(widths) <= _MOST_AREAS, f"a pool has at most {_MOST_AREAS} windows")
+    return torch.outer(torch.tensor(heights), torch.tensor(widths))
+
+
 @dataclass(frozen=True)
 class _Pool(LocalOp):
     """Averages over rectangles: sums, each times round(2^bits / size of its rectangle).
@@ -195,11 +201,13 @@ class AvgPool2d(_Pool):
     bits: int = 0
 
     def rectangles(self, height: int, width: int) -> tuple[list[Span], list[Span], Tensor]:
+        padded = zip(self.padding, self.kernel, strict=True)
+        expect(all(2 * p <= k for p, k in padded), "the padding is at most half the window")
         spans = [
             average_spans(size, k, s, p, ceil_mode=self.ceil_mode, count_include_pad=self.count_include_pad)
             for size, k, s, p in zip((height, width), self.kernel, self.stride, self.padding, strict=True)
         ]
-        sizes = torch.outer(torch.tensor(spans[0][1]), torch.tensor(spans[1][1]))
+        sizes = _areas(spans[0][1], spans[1][1])
         return spans[0][0], spans[1][0], torch.full_like(sizes, self.divisor) if self.divisor else sizes
 
     def infer(self, x: Type) -> Type:
@@ -232,7 +240,7 @@ class AdaptiveAvgPool2d(_Pool):
     def rectangles(self, height: int, width: int) -> tuple[list[Span], list[Span], Tensor]:
         rows, heights = adaptive_spans(height, self.output[0])
         columns, widths = adaptive_spans(width, self.output[1])
-        return rows, columns, torch.outer(torch.tensor(heights), torch.tensor(widths))
+        return rows, columns, _areas(heights, widths)
 
     def infer(self, x: Type) -> Type:
         return self._infer(x, self.bits)
@@ -260,6 +268,7 @@ class Sum(LocalOp):
     def infer(self, x: Type) -> Type:
         expect_kind("secret", x)
         expect(all(0 < axis < len(x.shape) for axis in self.over), f"{self.over} are not axes of {x}, or the batch")
+        expect(len(set(self.over)) == len(self.over), f"{self.over} name an axis twice")
         shape = tuple(1 if i in self.over else d for i, d in enumerate(x.shape))
         return x.with_(shape=shape, width=grown(x, x.width + (self.count(x.at(1).dims) - 1).bit_length()))
 

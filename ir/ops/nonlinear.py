@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 _N = Batch()
+_SLOTS = 1 << 20  # of a max pool: they are taken out one by one
 _FIXED, _PROTOCOL = frozenset({Level.FIXED}), frozenset({Level.PROTOCOL})
 
 
@@ -162,6 +163,7 @@ class FixedMaxPool2d(Op):
             all(2 * p <= k for p, k in zip(self.padding, self.kernel, strict=True)),
             "the padding is at most half the window",
         )
+        expect(0 < math.prod(self.kernel) <= _SLOTS, f"a window has at most {_SLOTS} elements")
         return x.with_(shape=(*x.shape[:2], *self.output(x.at(1).dims)))
 
     def output(self, shape: Shape) -> Shape:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 _N = Batch()
+_MOST = 1 << 25  # coefficients of a matrix, which is made
 
 
 def interpolation(size: int, output: int, *, kind: str, align_corners: bool, scale: float) -> Tensor:
@@ -57,8 +58,11 @@ class Interpolate(LocalOp):
         expect_kind("secret", x)
         expect(0 < self.axis < len(x.shape), f"axis {self.axis} is not one of {x}, or is the batch")
         expect(self.kind in ("linear", "cubic"), f"'{self.kind}' is no kind of interpolation")
+        size = x.at(1).dims[self.axis]
+        expect(self.output >= 1 and size * max(size, self.output) <= _MOST, f"{size} to {self.output}: no such matrix")
+        expect(self.scale == 0 or int(size * self.scale) == self.output, f"{self.scale} of {size} is not {self.output}")
         shape = tuple(self.output if i == self.axis else d for i, d in enumerate(x.shape))
-        most = int(self.coefficients(x.at(1).dims[self.axis]).abs().sum(1).max())
+        most = int(self.coefficients(size).abs().sum(1).max())
         return x.with_(shape=shape, frac=x.frac + self.bits, width=min(x.ring, x.width + most.bit_length()))
 
     def _map(self, x: Tensor, matrix: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ _BITS = 64
 _DIGITS = Digits(_BITS, digit_bits=1)
 _P = _DIGITS.p
 # DReLU works on 2x, which must not wrap (and, being even, is never 2^64 - 1).
+_CHAIN = 1 << 16  # values that are compared one after the other
 _MAX_WIDTH = 62
 
 
@@ -409,6 +410,7 @@ class TextbookMaxPool2d(FixedMaxPool2d):
     def infer(self, x: Type) -> Type:
         check_width(x.with_(width=x.width + 1))
         expect(self.drop == 0, "the textbook suite compares all bits")
+        expect(math.prod(self.kernel) <= _CHAIN, f"a chain compares at most {_CHAIN} values")
         return super().infer(x)
 
     @property
@@ -442,6 +444,7 @@ class TextbookArgmax(FixedArgmax):
 
     def infer(self, x: Type) -> Type:
         check_width(x.with_(width=x.width + 1))
+        expect(len(x.shape) == 2 and x.at(1).dims[1] <= _CHAIN, f"a chain compares at most {_CHAIN} values")
         return super().infer(x)
 
     def parts(self, x: Type) -> tuple[Subprotocol, ...]:

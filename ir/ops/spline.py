@@ -254,7 +254,10 @@ class FixedSpline(Op):
         expect(all(a < b for a, b in pairwise(ordered)), "knots rise from low to high")
         expect(all(knot % (1 << self.drop) == 0 for knot in self.knots), "a knot is a multiple of 2^drop")
         expect(0 <= self.error < 1, f"an error of {self.error} is not between 0 and 1")
-        expect(0 <= self.frac <= self.scale, f"a scale of {self.scale} bits cannot be truncated to {self.frac}")
+        expect(
+            0 <= self.frac <= self.scale < 2 * RING_BITS,
+            f"a scale of {self.scale} bits cannot be truncated to {self.frac}",
+        )
         return x.with_(frac=self.frac, width=TRUNCATION_WIDTH - (self.scale - self.frac) + 1)
 
     def discloses(self) -> str:
@@ -314,6 +317,7 @@ class SplineOnShares(FixedSpline):
         if self.knots:  # a difference from a knot takes one bit more
             check_window(x.with_(width=min(x.width + 1, RING_BITS)), self.window, self.drop)
             expect(max(-self.knots[0], self.knots[-1]) < 1 << (self.window - 2), "a knot lies outside the window")
+        expect(self.window - 1 - self.drop > 0, f"dropping {self.drop} of {self.window} bits leaves none to compare")
         return super().infer(x)
 
     def parts(self, x: Type) -> tuple[Subprotocol, ...]:

@@ -24,7 +24,7 @@ from tacit.runtime.net.flow import Flow, FlowChannel, Payload, books, budget
 from tacit.runtime.net.frames import PLAN_BYTES, Fields, FrameError, Header, Phase
 from tacit.runtime.net.handshake import Hello, dial
 from tacit.runtime.net.link import Caller, Link
-from tacit.runtime.net.pushing import read_plan
+from tacit.runtime.net.pushing import read_plan, text_digest
 from tacit.runtime.net.seats import Seats
 from tacit.runtime.net.wire import context
 from tacit.runtime.party import Values, execute
@@ -185,10 +185,10 @@ class Client:
     def _fetch(self, digest: str) -> Plan:
         """The text of the plan, from P0; its digest is what P1 says too."""
         answer = self._links[P0].call("plan", self.deployment.limits.handshake_seconds)
-        plan = read_plan(answer.text("plan", PLAN_BYTES))
-        if plan.digest != digest:
+        text = answer.text("plan", PLAN_BYTES)
+        if text_digest(text) != digest:
             raise ProtocolError("P0 sent another plan than the one it announced")
-        return plan
+        return read_plan(text, self.deployment.limits)
 
     def _hang_up(self) -> None:
         for link in self._links.values():

@@ -11,16 +11,16 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from tacit.ir.cost import P1, P2, ROLES
 from tacit.ir.errors import PartyError, ProtocolError, RefusedError, TacitError
 from tacit.runtime.net.deployment import Limits, StoreSettings
-from tacit.runtime.net.engine import AHEAD, Engine, Job, Session
+from tacit.runtime.net.engine import AHEAD, Engine, Job
 from tacit.runtime.net.frames import Fields
 from tacit.runtime.net.link import Link
 from tacit.runtime.net.lobby import Visit
 from tacit.runtime.net.opening import Opener
-from tacit.runtime.net.stock import MAX_IDS, Stock
+from tacit.runtime.net.resuming import MAX_STOCK, resume
+from tacit.runtime.net.stock import Stock
 from tacit.runtime.net.turns import Rate, Turns
 
 _TICK = 0.5
-_MAX_STOCK = 4096  # their ids fit one control frame
 
 
 class Coordinator:
@@ -162,7 +162,7 @@ class Coordinator:
             session, stock = self.engine.session, self.stock
             if session is None or stock is None:
                 raise RefusedError(f"P0 cannot deal now: {self.state}")
-            if stock.bytes >= self._settings.capacity_bytes or sum(stock.levels.values()) >= _MAX_STOCK:
+            if stock.bytes >= self._settings.capacity_bytes or sum(stock.levels.values()) >= MAX_STOCK:
                 raise RefusedError("the store is full")
             batch_id, seconds = stock.new_id(), self._limits.request_seconds
             request = session.tag | AHEAD | batch_id
@@ -271,29 +271,15 @@ class Coordinator:
             found[rank] = link, answer.text("session", 64)
         session = self.engine.session
         if not fresh and session is not None and all(nonce == session.nonce for _, nonce in found.values()):
-            self._resume(session, {rank: link for rank, (link, _) in found.items()})
-            return
+            try:
+                stock = resume(self.engine, session, {rank: link for rank, (link, _) in found.items()}, self._limits)
+                return self._serve(stock)
+            except ProtocolError as error:
+                if isinstance(error, PartyError):
+                    raise
+                self.engine.log("session dropped", session=session.nonce[:8], reason=str(error))
         session = self.opener.lead()
         self._serve(Stock(self.engine, session))
-
-    def _resume(self, session: Session, links: dict[int, Link]) -> None:
-        """Go on with a session that all three have on disk: its keys, its masks, and the store that P0 and P1 share."""
-        stock, mine = Stock(self.engine, session), self.engine.store.stock()
-        used = self.engine.store.ledger.used(session.nonce)
-        ids = [i for i in mine if i not in used]
-        answers = [link.call("resume", self._limits.session_seconds, stock=ids) for link in links.values()]
-        kept = set(ids).intersection(*(a.integers("stock", 0, MAX_IDS) for a in answers))
-        sizes = dict(
-            zip(answers[0].integers("stock", 0, MAX_IDS), answers[0].integers("sizes", 0, 1 << 62), strict=False)
-        )
-        for batch_id, (batch, _) in mine.items():
-            if batch_id in kept:
-                stock.add(batch_id, batch, sizes.get(batch_id, 0))
-            else:
-                self.engine.store.drop_material(batch_id, batch)
-        self.engine.metrics.sessions.labels("resumed").inc()
-        self.engine.log("session resumed", session=session.nonce[:8], store=len(kept))
-        self._serve(stock)
 
     def _serve(self, stock: Stock) -> None:
         with self._lock:
@@ -317,17 +303,3 @@ class Coordinator:
         self._wake_refill.set()
         for pool in (self._pool, self._calls):
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-def resume_answer(engine: Engine, fields: Fields) -> dict[str, object]:
-    """P1 and P2: which of P0's batches they can serve; P1 lets go of all others."""
-    session = engine.session
-    if session is None:
-        raise ProtocolError(f"{ROLES[engine.rank]} is in no session")
-    asked = fields.integers("stock", 0, MAX_IDS)
-    used, mine = engine.store.ledger.used(session.nonce), engine.store.stock()
-    kept = [i for i in asked if i not in used and (engine.rank == P2 or i in mine)]
-    for batch_id, (batch, _) in mine.items():
-        if batch_id not in set(kept):
-            engine.store.drop_material(batch_id, batch)
-    return {"stock": kept, "sizes": [mine[i][1] if i in mine else 0 for i in kept]}

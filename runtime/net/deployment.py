@@ -41,6 +41,8 @@ class Limits:
     least_rate: float = 100_000.0
     heartbeat_seconds: float = 2.0
     silence_seconds: float = 10.0
+    value_elements: int = 1 << 28  # of one value of a plan, for a batch of one: vgg19 has a weight of 2^27
+    batch_bytes: int = 1 << 36  # that a plan may send for a batch of one, and as much once for the session
     session_seconds: float = 120.0  # to open a session, or to push a model
     drain_seconds: float = 30.0
 

@@ -270,7 +270,7 @@ class Engine:
                 due -= payload.size
             if self.session is not session:
                 raise PartyError("the session was renewed")
-            size = self.store.put_material(batch_id, batch, {P2: messages})
+            size = self.store.put_material(session.nonce, batch_id, batch, {P2: messages})
             if size <= _EXPANDED_BYTES and len(self._prepared) < _EXPANDED:
                 self._keep(session, batch_id, session.seats.deal(Replay(self.rank, {P2: messages}), batch_id, batch))
             return size
@@ -313,7 +313,6 @@ class Engine:
             reason = f"{ROLES[self.rank]} failed: {mistake(error)}"
         finally:
             self.end(job.request)
-            self.store.drop_material(job.batch_id, job.batch)
             self.metrics.in_flight.dec()
             self.metrics.requests.labels("failed" if reason else "answered").inc()
             self.metrics.seconds.observe(time.monotonic() - job.begun)
@@ -326,6 +325,12 @@ class Engine:
 
     def _run(self, job: Job, flow: Flow) -> None:
         session = self._in_session(job.request)
+        try:
+            self._run_in(session, job, flow)
+        finally:
+            self.store.drop_material(session.nonce, job.batch_id, job.batch)
+
+    def _run_in(self, session: Session, job: Job, flow: Flow) -> None:
         # From here on the batch is spent, whatever happens: nothing of it has been used so far.
         self.store.ledger.consume(session.nonce, job.batch_id, f"{job.batch}")
         self.announce(flow)
@@ -359,7 +364,7 @@ class Engine:
         if kept is not None:
             return kept  # the file is dropped when the request has ended: it counts as consumed already
         # P2 after a restart: the same keys give the same material, and nothing is sent again.
-        messages = self.store.take_material(job.batch_id, job.batch) if self.rank != P2 else {}
+        messages = self.store.take_material(session.nonce, job.batch_id, job.batch) if self.rank != P2 else {}
         return session.seats.deal(Replay(self.rank, messages), job.batch_id, job.batch)
 
 

@@ -4,13 +4,15 @@
 
 `serial` counts the frames of a connection: one that is replayed, dropped or out of order is noticed. `phase`
 and `depth` (the causal round, see `Meter`) belong to data. Nothing is ever unpickled, no length is believed: control
-is bounded by the kind and by who sends it, data by the bytes that the plan still provides for.
+is bounded by the kind and by who sends it, a reply by the call that it answers (`Link`), data by the bytes that the
+plan still provides for.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Sequence
 from enum import IntEnum
@@ -24,7 +26,7 @@ from tacit.ir.errors import ProtocolError
 from tacit.ir.op import Spec
 
 Tensor = torch.Tensor
-VERSION = 1
+VERSION = 2
 HEADER = struct.Struct("!BBHIQQ")
 SERIALS = 1 << 32
 CONTROL_BYTES, PLAN_BYTES = 1 << 16, 1 << 24  # a plan's text travels from the owner, and to clients that ask for it
@@ -82,7 +84,7 @@ class Header(NamedTuple):
         return header
 
     def bound(self, role: int) -> int:
-        """The most bytes that a control frame of a sender in that role may have."""
+        """The most bytes that a control frame of a sender in that role may have; a link allows less, see there."""
         if self.kind in (Kind.PING, Kind.ACCEPT):
             return 0
         # Only what this side asked for (a plan), and what the owner pushes, is long.
@@ -95,6 +97,8 @@ def encode(body: dict[str, Any]) -> bytes:
 
 def decode(raw: bytes | bytearray | memoryview) -> dict[str, Any]:
     """A control frame's object; raises FrameError."""
+    if len(raw) > CONTROL_BYTES:
+        return _decode_texts(raw)
     try:
         body = json.loads(bytes(raw).decode(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
@@ -106,6 +110,46 @@ def decode(raw: bytes | bytearray | memoryview) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(name)
+
+
+_TEXTS = 16  # in a long frame
+# A run of a JSON string. Possessive, and of so many escapes at most: no call works on it for long.
+_RUN = re.compile(r'(?:[^"\\]++|\\.){1,4096}+', re.DOTALL)
+
+
+def _decode_texts(raw: bytes | bytearray | memoryview) -> dict[str, Any]:
+    """A long frame's object, which holds a few texts and nothing else, as `encode` writes it; raises FrameError.
+
+    The interpreter is given up between the runs of a text. A parser of all of JSON would hold it, and with it everybody
+    else who is served, for as long as millions of small values take.
+    """
+    out: dict[str, Any] = {}
+    try:
+        text, at, due = bytes(raw).decode(), 0, "{"
+        for _ in range(_TEXTS):
+            key, at = _text_at(text, at, due)
+            out[key], at = _text_at(text, at, ":")
+            if at == len(text) - 1 and text.endswith("}"):
+                return out
+            due = ","
+    except ValueError:
+        pass
+    raise FrameError("a long control frame that is not an object of a few texts")
+
+
+def _text_at(text: str, at: int, due: str) -> tuple[str, int]:
+    """The string that follows `due` at that place, and the place behind it; raises ValueError."""
+    if text[at : at + 2] != due + '"':
+        raise ValueError
+    at, runs = at + 2, []
+    while (found := _RUN.match(text, at)) is not None:
+        runs.append(json.loads(f'"{found[0]}"'))
+        at = found.end()
+    if text[at : at + 1] != '"':
+        raise ValueError
+    whole = "".join(runs)
+    # An escape may stand for half a character: pairs are put together, and halves are none.
+    return (whole if whole.isascii() else whole.encode("utf-16", "surrogatepass").decode("utf-16")), at + 1
 
 
 class Fields:

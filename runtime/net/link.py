@@ -11,17 +11,21 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from tacit.ir.cost import OWNER
 from tacit.ir.errors import PartyError, RefusedError, TacitError
 from tacit.runtime.channel import LinkModel
 from tacit.runtime.net.deployment import Limits
 from tacit.runtime.net.flow import Payload
 from tacit.runtime.net.frames import (
+    CONTROL_BYTES,
     HEADER,
+    PLAN_BYTES,
     SERIALS,
     Fields,
     FrameError,
@@ -37,7 +41,16 @@ from tacit.runtime.net.wire import Closed, Late, Wire
 
 Tensor = torch.Tensor
 _CALLS = 16  # of one connection that wait for their answers
+_UNANSWERED = 256  # calls of this side: beyond that the other side is taken for broken
 _JOINED = 1 << 16  # messages up to this size go out in one piece
+
+
+@dataclass
+class _Call:
+    """A call of this side. One that nobody waits for any more stays: its reply may still come, once."""
+
+    what: str
+    reply: Future[Fields] = field(default_factory=Future)
 
 
 class Handler(Protocol):
@@ -72,7 +85,7 @@ class Link:
         self._limits = limits
         self._sent = 2 if dialled else 1  # the frames of the handshake
         self._received = 1 if dialled else 2
-        self._calls: dict[int, Future[Fields]] = {}
+        self._calls: dict[int, _Call] = {}  # by number, until their replies are there
         self._ids = itertools.count(1)
         self._answering = 0
         self._writing = threading.Lock()
@@ -96,15 +109,15 @@ class Link:
 
     def call(self, what: str, seconds: float, /, **fields: Any) -> Fields:
         """Ask the other side; raises RefusedError with its reason, PartyError where no answer comes in time."""
-        number, future = next(self._ids), Future[Fields]()
-        self._calls[number] = future
+        if len(self._calls) >= _UNANSWERED:
+            self.close(f"it left {_UNANSWERED} calls without an answer")
+        number, call = next(self._ids), _Call(what)
+        self._calls[number] = call
         try:
             self._send(Kind.CALL, [encode({"what": what} | fields)], number)
-            answer = future.result(seconds)
+            answer = call.reply.result(seconds)
         except FutureTimeout:
             raise PartyError(f"{self.peer.name} did not answer within {seconds:g} s") from None
-        finally:
-            self._calls.pop(number, None)
         if "error" in answer.body:
             raise RefusedError(f"{self.peer.name}: {answer.text('error')}")
         return answer
@@ -166,9 +179,8 @@ class Link:
         except Exception as error:  # a mistake of ours must not leave the others waiting
             self.close(mistake(error))
         finally:
-            for future in list(self._calls.values()):
-                if not future.done():
-                    future.set_exception(PartyError(f"{self.peer.name} disconnected: {self._reason}"))
+            for call in list(self._calls.values()):
+                call.reply.set_exception(PartyError(f"{self.peer.name} disconnected: {self._reason}"))
             self._wire.close()
             if self._delayed is not None:
                 self._delayed.stop()
@@ -189,22 +201,36 @@ class Link:
             self._wire.read(payload.data, deadline)
             deliver(payload)
             return
+        self._bound(header)
         content = bytearray(header.length)
         self._wire.read(memoryview(content), deadline)
         if header.kind is not Kind.PING:
             self._control(header, Fields(decode(content)))
 
+    def _bound(self, header: Header) -> None:
+        """What is long: the plan where this side asked for it, and where an owner comes to push one."""
+        long = False
+        if header.kind is Kind.REPLY:
+            if (call := self._calls.get(header.request)) is None:
+                raise FrameError(f"a reply to call {header.request}, which waits for none")
+            long = call.what == "plan"
+        elif header.kind is Kind.CALL:
+            long = self.role == OWNER and self.peer.hello.purpose == "control"
+        if header.length > CONTROL_BYTES and not long:
+            raise FrameError(f"a {header.kind.name} frame of {header.length} bytes, {CONTROL_BYTES} are allowed")
+
     def _control(self, header: Header, fields: Fields) -> None:
         if header.kind is Kind.CAST:
             self._handler.cast(self, header.request, fields)
         elif header.kind is Kind.CALL:
+            if header.length > CONTROL_BYTES and fields.text("what", 32) != "offer":
+                raise FrameError(f"a call of {header.length} bytes that offers no plan")
             self._answering += 1
             if self._answering > _CALLS:
                 raise FrameError(f"more than {_CALLS} calls at once")
             self._handler.submit(lambda: self._answer(header.request, fields))
         elif header.kind is Kind.REPLY:
-            if (future := self._calls.get(header.request)) is not None and not future.done():
-                future.set_result(fields)
+            self._calls.pop(header.request).reply.set_result(fields)
         elif header.kind is Kind.REFUSE:
             raise Closed(f"it refused: {fields.text('reason')}")
         else:
@@ -218,8 +244,11 @@ class Link:
         except Exception as error:
             body = {"error": mistake(error)}
         self._answering -= 1
+        reply = encode(body)
+        if len(reply) > (PLAN_BYTES if fields.body.get("what") == "plan" else CONTROL_BYTES):
+            reply = encode({"error": f"the answer has {len(reply)} bytes, more than a reply may have"})
         with suppress(PartyError):
-            self._send(Kind.REPLY, [encode(body)], number)
+            self._send(Kind.REPLY, [reply], number)
 
     def _refuse(self, reason: str) -> None:
         with suppress(PartyError):

@@ -6,6 +6,8 @@ rest. Only once all three have what they need does the owner tell them to commit
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 import threading
 import time
@@ -20,8 +22,9 @@ from tacit.ir.cost import OWNER, P0, P1, P2, ROLES
 from tacit.ir.errors import PlanError, ProtocolError, RefusedError
 from tacit.ir.op import Level
 from tacit.ir.plan import Plan
+from tacit.ir.types import dim_at
 from tacit.runtime.channel import NETWORKS, Meter
-from tacit.runtime.net.deployment import Deployment, Identity
+from tacit.runtime.net.deployment import Deployment, Identity, Limits
 from tacit.runtime.net.engine import Engine
 from tacit.runtime.net.flow import Flow, FlowChannel, Payload, budget, traffic
 from tacit.runtime.net.frames import PLAN_BYTES, Fields, FrameError, Header, Phase
@@ -67,9 +70,11 @@ class Receiver:
         return self._take_offer(link, fields) if what == "offer" else self._commit(link, fields)
 
     def _take_offer(self, link: Link, fields: Fields) -> dict[str, Any]:
-        plan = read_plan(fields.text("plan", PLAN_BYTES))
-        if self._pinned and plan.digest != self._pinned:
-            raise RefusedError(f"plan digest {plan.digest[:16]}..., the deployment has {self._pinned[:16]}...")
+        text = fields.text("plan", PLAN_BYTES)
+        digest = text_digest(text)
+        if self._pinned and digest != self._pinned:
+            raise RefusedError(f"plan digest {digest[:16]}..., the deployment has {self._pinned[:16]}...")
+        plan = read_plan(text, self._engine.limits)
         push = fields.hexadecimal("push", 16).hex()
         seed = fields.hexadecimal("seed", KEY_BYTES) if self._engine.rank == P0 else b""
         book = traffic(plan, 1, session=True, only=lambda op: op == "weight")
@@ -99,15 +104,41 @@ class Receiver:
         return {"plan": offer.plan.digest}
 
 
-def read_plan(text: str) -> Plan:
-    """A plan that came from elsewhere, verified; raises ProtocolError."""
+def text_digest(text: str) -> str:
+    """The digest of the plan with that text: known before anything of it is read."""
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+
+
+def read_plan(text: str, limits: Limits) -> Plan:
+    """A plan that came from elsewhere, verified and within the limits; raises ProtocolError, which names the line."""
     try:
         plan = Plan.parse(text).verify()
     except PlanError as error:
-        raise ProtocolError(f"the plan is not valid: {str(error).splitlines()[0]}") from None
+        where = f", line {error.line}" if error.line else ""
+        raise ProtocolError(f"the plan is not valid{where}: {str(error).splitlines()[0]}") from None
     if plan.level is not Level.PROTOCOL:
         raise ProtocolError("the plan is not at the protocol level")
+    _check_size(plan, limits)
     return plan
+
+
+def _check_size(plan: Plan, limits: Limits) -> None:
+    """What a plan asks for, before anything of it is allocated; raises ProtocolError."""
+    for line, node in enumerate(plan.nodes, 2):
+        elements = math.prod(dim_at(dim, 1) for dim in node.type.shape)
+        if elements > limits.value_elements:
+            raise ProtocolError(
+                f"the plan, line {line}: %{node.name} has {elements} elements, "
+                f"value_elements is {limits.value_elements}"
+            )
+    sent = {True: 0, False: 0}
+    for line, row in enumerate(plan.cost(batch=1).per_op, 2):
+        sent[row.session] += row.total_bytes
+        if sent[row.session] > limits.batch_bytes:
+            raise ProtocolError(
+                f"the plan, line {line}: up to %{row.name} it sends {sent[row.session]} bytes, "
+                f"batch_bytes is {limits.batch_bytes}"
+            )
 
 
 def push(deployment: Deployment, identity: Identity, plan: Plan, weights: Mapping[str, Tensor]) -> Meter:

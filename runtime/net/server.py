@@ -19,7 +19,7 @@ from tacit.ir.cost import CLIENT, OWNER, P0, P1, P2, ROLES
 from tacit.ir.errors import DeploymentError, PartyError, RefusedError, TacitError
 from tacit.runtime.channel import NETWORKS
 from tacit.runtime.memory import keep_freed_buffers
-from tacit.runtime.net.coordinator import Coordinator, resume_answer
+from tacit.runtime.net.coordinator import Coordinator
 from tacit.runtime.net.deployment import Deployment, Identity, Member, check_batch
 from tacit.runtime.net.engine import IDS, Engine, Job, Session, sharing_bytes
 from tacit.runtime.net.flow import Payload
@@ -30,6 +30,7 @@ from tacit.runtime.net.lobby import Lobby, Visit
 from tacit.runtime.net.metrics import Log, Metrics
 from tacit.runtime.net.opening import Opener
 from tacit.runtime.net.pushing import Receiver
+from tacit.runtime.net.resuming import resume_answer
 from tacit.runtime.net.seats import warm_up
 from tacit.runtime.net.store import Store
 from tacit.runtime.net.wire import Wire, context
@@ -79,7 +80,11 @@ class PartyServer:
     # --- life ---
 
     def start(self) -> None:
-        self._load()
+        try:
+            self._load()
+        except BaseException:
+            self.store.close()
+            raise
         place = self.member.listen or self.member.address
         assert place is not None
         family = socket.AF_INET6 if ":" in place[0] else socket.AF_INET
@@ -113,6 +118,8 @@ class PartyServer:
         record = self.store.load_session()
         if record is not None and record.push == model.push:
             self.engine.enter(Session(record, model, self.rank))
+        elif (self.store.folder / "session").exists():
+            self.log("session dropped", reason="it is damaged, of another model, or the ledger has no line of it")
 
     def _activate(self) -> None:
         """A model was pushed. P0 then leads all into a session for it."""

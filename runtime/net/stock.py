@@ -39,9 +39,10 @@ class Stock:
     def take(self, batch: int) -> int | None:
         with self._lock:
             ready = self._ready.get(batch)
-            found = ready.popleft() if ready else None
-            if found is not None:
-                self._sizes.pop(found, None)
+            if not ready:
+                return None
+            found = ready.popleft()
+            self._sizes.pop(found, None)
         self._show(batch)
         return found
 
@@ -50,7 +51,7 @@ class Stock:
 
     @property
     def levels(self) -> dict[int, int]:
-        return {batch: len(ready) for batch, ready in self._ready.items()}
+        return {batch: len(ready) for batch, ready in self._ready.items() if ready}
 
     @property
     def bytes(self) -> int:
