@@ -77,14 +77,19 @@ def seen(run: Recorder, rank: int, plan: Plan, batch: int, width: int) -> list[n
     return [rows_of(run, rank, plan, batch, width, steps) for steps in steps_of(run)]
 
 
+def not_repeated(found: list[tuple[str, Sample]]) -> list[tuple[str, Sample]]:
+    """Of the textbook suite's chains, whose steps repeat, one."""
+    chains = ("securenn.max", "securenn.arg")
+    return [(n, s) for n, s in found if not n.startswith(chains) or n == "securenn.argmax-1"]
+
+
 def small(found: list[tuple[str, Sample]]) -> list[tuple[str, Sample]]:
-    """Three elements of what is done element by element; of the textbook suite's chains, whose steps repeat, one."""
+    """Three elements of what is done element by element."""
     out = []
-    for name, sample in found:
+    for name, sample in not_repeated(found):
         args = tuple(t.with_(shape=(t.shape[0], 3)) if len(t.shape) == 2 else t for t in sample.args)
         alike = sample.op.infer(*sample.args).shape == sample.args[0].shape and args[-1].shape == args[0].shape
-        if not name.startswith(("securenn.max", "securenn.arg")) or name == "securenn.argmax-1":
-            out.append((name, dataclasses.replace(sample, args=args) if alike else sample))
+        out.append((name, dataclasses.replace(sample, args=args) if alike else sample))
     return out
 
 
