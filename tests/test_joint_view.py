@@ -7,7 +7,6 @@ a flip that P0 and P1 drew. So every test here looks at the joint view.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -185,13 +184,14 @@ def assert_no_function_of(rho: Tensor, ours: Part, theirs: Part) -> None:
     n, size = r.numel(), r.element_size()
     bits = np.unpackbits(r.contiguous().numpy().view(np.uint8).reshape(n, size), axis=1)
     for slot in range(rho.shape[1] // r.shape[1]):  # one for each knot
-        alike = (bits ^ rho[:, slot * r.shape[1] : (slot + 1) * r.shape[1]].reshape(n, 1).numpy()).sum(0, dtype=np.int64)
-        assert bool((abs(alike - n / 2) < 3 * n**0.5).all()), "rho and a bit of r"
+        its = rho[:, slot * r.shape[1] : (slot + 1) * r.shape[1]].reshape(n, 1).numpy()
+        differ = (bits ^ its).sum(0, dtype=np.int64)
+        assert bool((abs(differ - n / 2) < 3 * n**0.5).all()), "rho and a bit of r"
 
 
 @pytest.mark.parametrize(**each(small(asking(Select, Piecewise))))
 def test_p2_answers_with_bits_that_tell_nothing_to_those_who_know_beta_and_c(sample: Sample) -> None:
-    """Constant inputs of both signs: every comparison has one outcome, and what P0 and P1 compute is fair all the same."""
+    """Constant inputs of both signs: every comparison has one outcome, and what P0 and P1 compute is a fair bit."""
     plan, reach = single(sample), 2 ** (width_of(sample) - 2)
     for value in (min(7, reach - 1), -reach):
         recorder = record(plan, BATCH, constant(plan, BATCH, value))
@@ -241,5 +241,6 @@ def test_a_result_is_shared_afresh_whatever_p2_knows(of: type[Subprotocol]) -> N
         assert int((apart == 0).sum()) == 0, "one share for two draws of P0 and P1"
         assert uniform(results.contiguous().view(torch.uint8), 256)
         assert uniform(apart.contiguous().view(torch.uint8), 256)
-    wholes = torch.stack([ring.odd_add(a.result, b.result) if of is ShareConvert else a.result + b.result for a, b in runs])
+    add = ring.odd_add if of is ShareConvert else torch.add
+    wholes = torch.stack([add(ours.result, theirs.result) for ours, theirs in runs])
     assert bool((wholes == wholes[0]).all()), "the same result from the same operands"

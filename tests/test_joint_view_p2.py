@@ -13,8 +13,8 @@ from joint_view import Part, Recorder, constant, record
 from scipy.stats import chi2_contingency, chisquare
 from test_joint_view import each, not_repeated, talking, width_of
 
-from tacit.ir.cost import P0, P1, P2
-from tacit.ir.digits import Digits
+from tacit.ir.cost import P0, P2
+from tacit.ir.digits import prime_for
 from tacit.ir.op import Sample, Subprotocol
 from tacit.ir.ops.comparison import Select
 from tacit.ir.ops.spline import Piecewise
@@ -73,8 +73,8 @@ def assert_blinded(total: Tensor, p: int) -> None:
     assert int(zero.sum(0).max()) <= 1
     bits = zero.any(0).astype(np.int64)
     assert fits(np.bincount(bits, minlength=2)), "a fair bit"
-    assert fits(np.bincount(8 * bits[: n // 4 * 4 : 4] + bits[1 : n // 4 * 4 : 4] * 4 + bits[2 : n // 4 * 4 : 4] * 2
-                            + bits[3 : n // 4 * 4 : 4], minlength=16)), "bits of neighbours"
+    fours = bits[: n // 4 * 4].reshape(-1, 4) @ np.array([8, 4, 2, 1])
+    assert fits(np.bincount(fours, minlength=16)), "bits of neighbours"
     if positions > 1:
         assert fits(zero.sum(1)), "a uniform place"
         places = zero.argmax(0)[bits == 1]
@@ -86,7 +86,7 @@ def assert_blinded(total: Tensor, p: int) -> None:
 
 
 def assert_pairs(a: np.ndarray, b: np.ndarray, p: int, what: str) -> None:
-    """Two nonzero residues: uniform together. With one factor for both their quotient would be that of small numbers."""
+    """Two nonzero residues: uniform together. With one factor for both, their quotient would be that of small ones."""
     both = (a > 0) & (b > 0)
     assert fits(np.bincount((a[both] - 1) * (p - 1) + b[both] - 1, minlength=(p - 1) ** 2)), what
 
@@ -99,11 +99,7 @@ def test_p2_sees_a_fair_bit_at_a_uniform_place_for_every_input_of_the_ring(sampl
         found = totals(recorder)
         assert found
         for total in found:
-            assert_blinded(total, prime_of(recorder, total))
-
-
-def prime_of(recorder: Recorder, total: Tensor) -> int:
-    return Digits(len(total), 1).p  # p depends on the number of positions alone
+            assert_blinded(total, prime_for(len(total)))
 
 
 def plain_entries(part: Part, index: int | None) -> tuple[Tensor, Tensor]:
