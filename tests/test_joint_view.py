@@ -215,7 +215,7 @@ ODD = 2**64 - 1
 
 
 def converted(of: type[Subprotocol], key: int) -> tuple[Part, Part]:
-    """P0's and P1's side of one subprotocol, run on fixed shares, with all randomness fixed but what P0 and P1 share."""
+    """P0's and P1's side of one subprotocol, on fixed shares, with all randomness fixed but what P0 and P1 share."""
     plan, keys = single(dict(samples(Level.PROTOCOL))["securenn.relu-0"]), fixed_keys(41)
     keys[P0, P1] = fixed_keys(key)[P0, P1]
     n = 20 * 37
