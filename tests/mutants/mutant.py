@@ -91,8 +91,11 @@ def find(source: str, path: str, qualified: str) -> Function:
 
 
 def _parameters(function: Function) -> list[str]:
-    args = function.args
-    return [a.arg for a in (*args.posonlyargs, *args.args, *args.kwonlyargs)]
+    """Names and defaults; what is written about types is left out."""
+    for arg in ast.walk(function.args):
+        if isinstance(arg, ast.arg):
+            arg.annotation = None
+    return ast.unparse(function.args).split(", ")
 
 
 def _wrapped(source: str, change: Wrap) -> str:

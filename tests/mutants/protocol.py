@@ -275,7 +275,7 @@ OPENING = (
                 "runtime/party.py",
                 "Party.share",
                 """
-                def mutant(plain, self, kind, shape, value, *, bits):
+                def mutant(plain, self, kind, shape, value, *, bits=RING_BITS):
                     if kind != "unit vector" or self.rank == P1:
                         return plain(self, kind, shape, value, bits=bits)
                     element = small_ring(bits)

@@ -24,6 +24,7 @@ from mutants.mutant import MARKS, REACHED, STALE, Mutant, NotApplied, Wrap, appl
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"compiler": "tacit", "ir": "tacit/ir", "passes": "tacit/passes", "runtime": "tacit/runtime"}
 _PASSED, _FAILED = 0, 1  # pytest's
+_SLIPS = "NameError|TypeError|AttributeError|KeyError|UnboundLocalError|IndentationError|SyntaxError"
 CAUGHT, SURVIVED, EQUIVALENT, BROKEN = "caught", "SURVIVED", "nothing to catch", "NOT APPLIED"
 
 
@@ -44,6 +45,11 @@ class Outcome:
     code: int | None  # None: out of time
     failed: str
     output: str
+
+    @property
+    def ours(self) -> bool:
+        """Whether the mutation, rather than a claim of a test, seems to be what failed."""
+        return re.search(rf"^\S+:\d+: (?:{_SLIPS})", self.output, re.MULTILINE) is not None
 
 
 def chosen(mutants: Sequence[Mutant], patterns: Sequence[str]) -> list[Mutant]:
@@ -136,7 +142,7 @@ def examine(copy: Copy, mutant: Mutant, seconds: float) -> Result:
             tests = files(copy.tree, mutant.tests)
             for test in tests:
                 outcome = copy.test(test, seconds)
-                if STALE in copy.marked() or outcome.code not in (None, _PASSED, _FAILED):
+                if STALE in copy.marked() or outcome.ours or outcome.code not in (None, _PASSED, _FAILED):
                     return result(BROKEN, outcome.output[-300:].strip() or "the code it was made for is gone")
                 if outcome.code != _PASSED:
                     return result(CAUGHT, outcome.failed)
