@@ -52,18 +52,19 @@ class Part:
 class Recorder:
     """The parts and the draws of every party, in order; `feed` replaces the operands of a kind of part."""
 
-    def __init__(self) -> None:
+    def __init__(self, feed: dict[type[Subprotocol], dict[int, Tensor]]) -> None:
         self.parts: dict[int, list[Part]] = {rank: [] for rank in PARTIES}
-        self.draws: dict[int, list[Tensor]] = {rank: [] for rank in PARTIES}
-        self.feed: dict[type[Subprotocol], dict[int, Tensor]] = {}
+        self.draws: dict[int, list[tuple[str, Tensor]]] = {rank: [] for rank in PARTIES}  # with their lines
+        self.feed = feed
         self._lock = threading.Lock()
 
     def of(self, rank: int, kind: type[Subprotocol]) -> list[Part]:
         return [part for part in self.parts[rank] if isinstance(part.part, kind)]
 
-    def drawn(self, rank: int, found: Any) -> None:
+    def drawn(self, party: parties.Party, found: Any) -> None:
+        line = party.sized.node.name
         with self._lock:
-            self.draws[rank] += [t.clone() for t in (found if isinstance(found, tuple) else (found,))]
+            self.draws[party.rank] += [(line, t.clone()) for t in (found if isinstance(found, tuple) else (found,))]
 
     @contextmanager
     def recording(self) -> Iterator[Recorder]:
@@ -72,7 +73,7 @@ class Recorder:
 
             def prf(self: parties.Party, peer: int) -> Any:
                 stream = plain_prf(self, peer)
-                return _Tapped(stream, lambda _, found: recorder.drawn(self.rank, found)) if self.rank <= P2 else stream
+                return _Tapped(stream, lambda _, found: recorder.drawn(self, found)) if self.rank <= P2 else stream
 
             def run(self: parties.Party, *values: Any) -> Program:
                 return recorder._run(self, values)
@@ -156,18 +157,30 @@ class _Field(_Tapped):
         return self._target.pack(*args)
 
 
-def record(plan: Plan, batch: int, inputs: dict[str, Tensor], *, keys: Keys | None = None, **feed: Any) -> Recorder:
-    """One inference, dealt and run; weights are small constants."""
+def record(
+    plan: Plan,
+    batch: int,
+    inputs: dict[str, Tensor],
+    *,
+    keys: Keys | None = None,
+    feed: dict[type[Subprotocol], dict[int, Tensor]] | None = None,
+) -> Recorder:
+    """One inference, dealt and run; `feed` replaces the operands of a kind of part."""
+    return record_several(plan, batch, inputs, 1, keys=keys, feed=feed)[0]
+
+
+def record_several(plan: Plan, batch: int, inputs: dict[str, Tensor], count: int, **options: Any) -> list[Recorder]:
+    """So many inferences of one session; weights are small constants."""
     weights = {n.op.label: torch.full(n.type.dims, 3) for n in plan.nodes if n.op.name == "weight"}  # type: ignore[attr-defined]
-    session = Session(plan, weights, keys=keys or fixed_keys(31))
-    recorder = Recorder()
-    recorder.feed = feed.get("feed", {})
+    session = Session(plan, weights, keys=options.get("keys") or fixed_keys(31))
+    recorders = [Recorder(options.get("feed") or {}) for _ in range(count)]
     try:
-        with recorder.recording():
-            session.infer(session.deal(batch), inputs)
+        for recorder in recorders:
+            with recorder.recording():
+                session.infer(session.deal(batch), inputs)
     finally:
         session.close()
-    return recorder
+    return recorders
 
 
 def constant(plan: Plan, batch: int, value: int) -> dict[str, Tensor]:
@@ -221,7 +234,7 @@ def rows_of(recorder: Recorder, rank: int, plan: Plan, batch: int, width: int, p
     """The view of a party as bits: of some of its parts, and of all that it drew where those are all parts."""
     out, elements, looked_at = Rows(batch, width), plan.at(batch)["out"].type.numel, recorder.parts[rank][parts]
     if len(looked_at) == len(recorder.parts[rank]):
-        for value in recorder.draws[rank]:
+        for _, value in recorder.draws[rank]:
             out.add(value, elements)
     for part in looked_at:
         for value in (*part.material.values(), *(t for _, t in part.got), *part.sums):

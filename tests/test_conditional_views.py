@@ -5,17 +5,21 @@ So two runs that agree in all of that, and differ in the keys of the others alon
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from harness import fixed_keys, single
-from joint_view import PARTIES, constant
+from joint_view import PARTIES, Recorder, constant, record_several
 from scipy.stats import chisquare
-from test_joint_view import LEFT_OUT, each, not_repeated, talking
+from test_joint_view import LEFT_OUT, each, not_repeated, small, talking
 from test_leakage import as_bytes, field_shapes, is_field
 
+from tacit.ir.build import Builder
 from tacit.ir.cost import P2, ROLES
-from tacit.ir.op import Sample
+from tacit.ir.op import Level, Sample
+from tacit.ir.ops.roles import Input, Mask, Reveal, Weight
 from tacit.ir.plan import Plan
 from tacit.runtime import field
 from tacit.runtime.prf import Keys
@@ -71,3 +75,46 @@ def test_a_message_is_uniform_given_all_that_its_receiver_holds(sample: Sample, 
         counts = np.bincount(torch.cat(found).numpy(), minlength=modulus)
         if counts.sum() >= 20 * modulus:
             assert chisquare(counts).pvalue > ALPHA, f"{ROLES[source]} to {ROLES[receiver]}, modulo {modulus}"
+
+
+# --- nothing that is drawn comes back ---
+
+
+def twice(sample: Sample) -> Plan:
+    """The op on two lines, with the same operands."""
+    b = Builder(Level.PROTOCOL)
+    names: list[str] = []
+    for i, declared in enumerate(sample.args):
+        if declared.kind == "masked":
+            names.append(b.emit(Mask(), names[-1], name=f"mask{i}"))
+        else:
+            op = Input(f"x{i}", 0.0, 0.0) if declared.batched else Weight(f"w{i}")
+            names.append(b.declare(op, declared, name=f"operand{i}"))
+    lines = [b.emit(sample.op, *names, name=name) for name in ("one", "other")]
+    result = b.emit(Reveal(), lines[0], name="y")
+    return Plan("twice", tuple(b.nodes), result, Level.PROTOCOL, "fused").verify()
+
+
+def draws(recorder: Recorder, rank: int, line: str) -> list[Tensor]:
+    return [value.reshape(-1) for name, value in recorder.draws[rank] if name == line and value.numel()]
+
+
+def alike_too_often(a: Tensor, b: Tensor) -> bool:
+    """Whether two draws agree in more places than draws from the same range by chance."""
+    both = torch.cat([a, b])
+    chance = 1 / max(2, int(both.max()) - int(both.min()) + 1) if a.dtype == torch.uint8 else 2.0**-31
+    often = len(a) * chance
+    return int((a == b).sum()) > often + 6 * (often * (1 - chance)) ** 0.5 + 2
+
+
+@pytest.mark.parametrize(**each(small(talking())))
+def test_what_a_party_draws_comes_back_on_no_other_line_and_in_no_other_inference(sample: Sample) -> None:
+    """Also what P2 draws for itself: a rho that comes back relates the signs of two inferences."""
+    plan = twice(sample)
+    first, second = record_several(plan, 67, constant(plan, 67, 5), 2)
+    for rank in PARTIES:
+        found = [draws(run, rank, line) for run in (first, second) for line in ("one", "other")]
+        assert found[0] or rank == P2
+        for ours, theirs in itertools.combinations(found[:3], 2):
+            for a, b in zip(ours, theirs, strict=True):
+                assert not alike_too_often(a, b), f"{ROLES[rank]} draws {len(a)} values again"

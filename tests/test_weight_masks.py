@@ -10,6 +10,7 @@ import pytest
 import torch
 from harness import fixed_keys, samples
 from scipy.stats import chisquare
+from test_conditional_views import keys_but_for
 
 from tacit.ir.build import Builder
 from tacit.ir.cost import P0, P1, P2
@@ -118,3 +119,31 @@ def test_the_textbook_suite_masks_a_weight_anew_in_every_inference() -> None:
             session.close()
             words = torch.cat([(m[P0]["out"][0]["b"] + m[P1]["out"][0]["b"]).reshape(-1) for m in dealt])
             assert len(torch.unique(words)) == len(words), name
+
+
+def opening(plan: Plan, weights: dict[str, Tensor], receiver: int, seed: int) -> list[Tensor]:
+    """What a party is sent while a session opens, all its keys as ever and the others' by the seed."""
+    found: list[tuple[tuple[int, int], list[Tensor]]] = []
+    plain = Session._open
+
+    def recorded(self: Session) -> object:
+        self.network.transcript = found
+        return plain(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "_open", recorded)
+        Session(plan, weights, keys=keys_but_for(receiver, seed)).close()
+    return [t.clone() for (_, target), message in found for t in message if target == receiver]
+
+
+@pytest.mark.parametrize("bits", [64, 32])
+@pytest.mark.parametrize("receiver", [P0, P1])
+def test_what_is_sent_when_a_session_opens_is_uniform_given_all_that_its_receiver_holds(
+    receiver: int, bits: int
+) -> None:
+    """P1's shares of the weights, and what P0 and P1 open: each differs, uniformly, with keys that it does not have."""
+    plan = plan_with([s for _, s in masked_samples() if s.args[0].ring == bits])
+    weights = {label: torch.full_like(w, 3) for label, w in weights_of(plan).items()}
+    first, second = (opening(plan, weights, receiver, seed) for seed in (5, 6))
+    assert len(first) == len(second) >= len(weights)
+    assert_uniform([a - b for a, b in zip(first, second, strict=True)], "messages")

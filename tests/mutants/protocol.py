@@ -89,6 +89,23 @@ def masks(path: str, kind: str, of: str, what: str) -> tuple[Change, ...]:
     return (Wrap(path, f"{kind}.deal", source),)
 
 
+def shared_in_the_clear(role: str) -> tuple[Change, ...]:
+    """P0's share of what a role outside brings is zero."""
+    source = f"""
+        def mutant(plain, self, party, material, *values):
+            class Zero:
+                def words(self, shape, dtype):
+                    import torch
+
+                    return torch.zeros(shape, dtype=dtype)
+
+            if self.owner == {role} and party.rank in (P0, self.owner):
+                party.prf = lambda peer: Zero()
+            return (yield from plain(self, party, material, *values))
+    """
+    return (Wrap("ir/ops/roles.py", "Sharing.run", source),)
+
+
 SELECT, SPLINE, TEXTBOOK = "ir/ops/comparison.py", "ir/ops/spline.py", "ir/ops/securenn.py"
 
 COMPARING = (
@@ -198,6 +215,42 @@ ANSWERING = (
 )
 
 OPENING = (
+    Mutant("inputs-in-the-clear", "inputs, at P1", shared_in_the_clear("CLIENT"), ("tests/test_conditional_views.py",)),
+    Mutant("weights-in-the-clear", "weights, at P1", shared_in_the_clear("OWNER"), MASKS),
+    Mutant(
+        "rho-comes-back",
+        "which signs of two inferences are alike, at P0 and P1",
+        (
+            Wrap(
+                "runtime/party.py",
+                "Party.own",
+                """
+                def mutant(plain, self):
+                    if P2 not in self._opened:
+                        self._opened[P2] = self.streams.open(P2, 0, self.sized.index)
+                    return plain(self)
+                """,
+            ),
+        ),
+        ("tests/test_conditional_views.py", *LEAKAGE),
+    ),
+    Mutant(
+        "lines-share-their-streams",
+        "differences of values of two layers, at P0 and P1",
+        (
+            Wrap(
+                "runtime/party.py",
+                "Party.prf",
+                """
+                def mutant(plain, self, peer):
+                    if peer <= P2 and peer not in self._opened:
+                        self._opened[peer] = self.streams.open(peer, self.batch_id, _ONLINE if self.online else 0)
+                    return plain(self, peer)
+                """,
+            ),
+        ),
+        ("tests/test_conditional_views.py", *LEAKAGE),
+    ),
     Mutant(
         "payload-behind-the-mask-of-x",
         "the difference of the two, at P0 and P1",

@@ -115,7 +115,7 @@ class Copy:
             with suppress(ProcessLookupError):  # what the tests left behind, too
                 os.killpg(running.pid, signal.SIGKILL)
             running.wait()
-        found = re.search(r"^(?:FAILED|ERROR) (?:\S*/)?(\S+)", output, re.MULTILINE)
+        found = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(.+?)(?: - |$)", output, re.MULTILINE)
         return Outcome(running.returncode, found.group(1) if found else "", output)
 
 
