@@ -227,7 +227,8 @@ OPENING = (
                 """
                 def mutant(plain, self):
                     if P2 not in self._opened:
-                        self._opened[P2] = self.streams.open(P2, 0, self.sized.index)
+                        place = self.sized.index | (_ONLINE if self.online else 0)
+                        self._opened[P2] = self.streams.open(P2, 0, place)
                     return plain(self)
                 """,
             ),
