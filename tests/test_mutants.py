@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from mutants import MUTANTS
 from mutants.mutant import Edit, Mutant, NotApplied, Rebind, Wrap, applied
-from mutants.run import chosen, files
+from mutants.run import BROKEN, CAUGHT, EQUIVALENT, SURVIVED, Result, chosen, files, summary
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,6 +25,14 @@ def test_names_are_their_own() -> None:
     names = [m.name for m in MUTANTS]
     assert len(set(names)) == len(names) > 40
     assert [m.name for m in chosen(MUTANTS, ["constant-r*"])] == ["constant-rho", "constant-rho-of-knots"]
+
+
+def test_the_last_line_counts_and_names() -> None:
+    known, wire = MUTANTS[0], next(m for m in MUTANTS if m.proof)
+    results = [Result(known, verdict, "", 1.0) for verdict in (CAUGHT, CAUGHT, SURVIVED, BROKEN)]
+    line = summary([*results, Result(wire, EQUIVALENT, wire.proof, 0.0)])
+    assert line.startswith(f"5 mutants: 2 caught, 1 survived ({known.name}), 1 not applied ({known.name})")
+    assert line.endswith(f"1 with nothing to catch ({wire.name})")
 
 
 SOURCE = "X = 1\n\n\nclass A:\n    @staticmethod\n    def f(a, b):\n        return a + b\n\n\ndef g():\n    return X\n"

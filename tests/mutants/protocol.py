@@ -142,6 +142,21 @@ COMPARING = (
         (*P2_VIEW, "tests/test_protocols.py"),
     ),
     Mutant(
+        "prime-too-small",
+        "right answers, and that there is one zero at most",
+        (
+            Wrap(
+                "ir/digits.py",
+                "prime_for",
+                """
+                def mutant(plain, positions):
+                    return plain(positions // 2)
+                """,
+            ),
+        ),
+        (*P2_VIEW, "tests/test_protocols.py"),
+    ),
+    Mutant(
         "biased-sampling",
         "uniformity modulo p",
         (
@@ -290,6 +305,25 @@ OPENING = (
             ),
         ),
         (*MASKS, *LEAKAGE, *STREAMS),
+    ),
+    Mutant(
+        "material-is-not-consumed",
+        "differences of two inputs under the same masks, at P0 and P1",
+        (
+            Wrap(
+                "runtime/session.py",
+                "Session.infer",
+                """
+                def mutant(plain, self, dealt, inputs, *, trace=False):
+                    kept = {r: {k: [dict(m) for m in v] for k, v in lines.items()} for r, lines in dealt.material.items()}
+                    try:
+                        return plain(self, dealt, inputs, trace=trace)
+                    finally:
+                        dealt.material = kept
+                """,
+            ),
+        ),
+        LEAKAGE,
     ),
     Mutant(
         "one-stream-for-dealing-and-running",
