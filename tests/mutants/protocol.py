@@ -315,7 +315,9 @@ OPENING = (
                 "Session.infer",
                 """
                 def mutant(plain, self, dealt, inputs, *, trace=False):
-                    kept = {r: {k: [dict(m) for m in v] for k, v in lines.items()} for r, lines in dealt.material.items()}
+                    import copy
+
+                    kept = copy.deepcopy(dealt.material)
                     try:
                         return plain(self, dealt, inputs, trace=trace)
                     finally:
