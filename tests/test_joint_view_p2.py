@@ -5,6 +5,8 @@ Nor does it depend on a range: inputs far outside the window give wrong answers,
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -100,6 +102,14 @@ def test_p2_sees_a_fair_bit_at_a_uniform_place_for_every_input_of_the_ring(sampl
         assert found
         for total in found:
             assert_blinded(total, prime_for(len(total)))
+        for part in recorder.parts[P2]:
+            assert_apart(part.kernel("has_zero"))
+
+
+def assert_apart(bits: list[Tensor]) -> None:
+    """The bits of several comparisons of one value, as with all knots of a function: any two are four equal cases."""
+    for a, b in itertools.combinations(bits, 2):
+        assert fits(np.bincount((2 * a + b).numpy(), minlength=4)), "bits of two comparisons of one value"
 
 
 def plain_entries(part: Part, index: int | None) -> tuple[Tensor, Tensor]:

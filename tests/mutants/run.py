@@ -47,9 +47,10 @@ class Outcome:
     output: str
 
     @property
-    def ours(self) -> bool:
-        """Whether the mutation, rather than a claim of a test, seems to be what failed."""
-        return re.search(rf"^\S+:\d+: (?:{_SLIPS})", self.output, re.MULTILINE) is not None
+    def slip(self) -> str:
+        """The error of the mutation itself, where that rather than a claim of a test seems to be what failed."""
+        found = re.search(rf"^\S+:\d+: ((?:{_SLIPS}).*)$", self.output, re.MULTILINE)
+        return found.group(1) if found else ""
 
 
 def chosen(mutants: Sequence[Mutant], patterns: Sequence[str]) -> list[Mutant]:
@@ -142,8 +143,10 @@ def examine(copy: Copy, mutant: Mutant, seconds: float) -> Result:
             tests = files(copy.tree, mutant.tests)
             for test in tests:
                 outcome = copy.test(test, seconds)
-                if STALE in copy.marked() or outcome.ours or outcome.code not in (None, _PASSED, _FAILED):
-                    return result(BROKEN, outcome.output[-300:].strip() or "the code it was made for is gone")
+                if STALE in copy.marked():
+                    return result(BROKEN, "the code that it was made for is not what runs")
+                if outcome.slip or outcome.code not in (None, _PASSED, _FAILED):
+                    return result(BROKEN, outcome.slip or outcome.output[-300:])
                 if outcome.code != _PASSED:
                     return result(CAUGHT, outcome.failed)
             if any(isinstance(c, Wrap) for c in mutant.changes) and REACHED not in copy.marked():
