@@ -25,7 +25,7 @@ from tacit.runtime import field
 
 Tensor = torch.Tensor
 ALPHA = 1e-6
-COMPARISONS = 6000  # of every part, at least
+COMPARISONS = 4000  # of every part, at least
 
 
 def comparing() -> list[tuple[str, Sample]]:

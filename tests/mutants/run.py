@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import tacit
@@ -170,7 +169,9 @@ def examine_all(folder: Path, mutants: Sequence[Mutant], jobs: int, seconds: flo
             free.put(copy)
 
     with ThreadPoolExecutor(jobs) as pool:
-        yield from (future() for future in [partial(f.result) for f in [pool.submit(one, m) for m in mutants]])
+        waiting = [pool.submit(one, mutant) for mutant in mutants]
+        for future in waiting:
+            yield future.result()
 
 
 def summary(results: Sequence[Result]) -> str:
