@@ -362,8 +362,8 @@ def test_the_emulated_wan_takes_what_it_should_and_pipelines(tmp_path: Path) -> 
             begin = time.monotonic()
             remote.predict(images(1))
             alone = time.monotonic() - begin
-            # One latency to P0 is in the rounds; P0's word to P1 and P2 is one more.
-            assert rounds * 0.02 <= alone < 1.2 * (rounds + 1) * 0.02 + 0.05
+            # The share's way is in the rounds; P1's word that it came, and P0's to P1 and P2, are two latencies more.
+            assert rounds * 0.02 <= alone < 1.1 * (rounds + 2) * 0.02 + 0.05
             with ThreadPoolExecutor(8) as pool:
                 begin = time.monotonic()
                 list(pool.map(lambda seed: remote.predict(images(1, seed)), range(8)))

@@ -24,7 +24,7 @@ from tacit.ir.errors import ProtocolError
 from tacit.ir.op import Spec
 
 Tensor = torch.Tensor
-VERSION = 1
+VERSION = 2
 HEADER = struct.Struct("!BBHIQQ")
 SERIALS = 1 << 32
 CONTROL_BYTES, PLAN_BYTES = 1 << 16, 1 << 24  # a plan's text travels from the owner, and to clients that ask for it

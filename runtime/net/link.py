@@ -16,8 +16,10 @@ from typing import Any, Protocol
 
 import torch
 
+from tacit.ir.cost import P2
 from tacit.ir.errors import PartyError, RefusedError, TacitError
 from tacit.runtime.channel import LinkModel
+from tacit.runtime.net.causes import Cause, Code, Declined, Stopped, late
 from tacit.runtime.net.deployment import Limits
 from tacit.runtime.net.flow import Payload
 from tacit.runtime.net.frames import (
@@ -38,6 +40,8 @@ from tacit.runtime.net.wire import Closed, Late, Wire
 Tensor = torch.Tensor
 _CALLS = 16  # of one connection that wait for their answers
 _JOINED = 1 << 16  # messages up to this size go out in one piece
+_DROPPED = 1 << 16  # bytes read at once of what nobody wants
+Room = tuple[Payload, Callable[[Payload], None]] | None
 
 
 class Handler(Protocol):
@@ -45,10 +49,12 @@ class Handler(Protocol):
 
     def cast(self, link: Link, request: int, fields: Fields) -> None: ...
 
-    def answer(self, link: Link, fields: Fields) -> dict[str, Any]: ...
+    def answer(self, link: Link, fields: Fields) -> dict[str, Any]:
+        """Between parties it raises nothing: what failed is in its `error`."""
+        ...
 
-    def room(self, link: Link, header: Header) -> tuple[Payload, Callable[[Payload], None]]:
-        """Memory for announced data, and where it goes once it is there; raises FrameError to refuse it."""
+    def room(self, link: Link, header: Header) -> Room:
+        """Memory for announced data, and where it goes once it is there; None to drop it. FrameError refuses it."""
         ...
 
     def closed(self, link: Link, reason: str) -> None: ...
@@ -74,7 +80,9 @@ class Link:
         self._received = 1 if dialled else 2
         self._calls: dict[int, Future[Fields]] = {}
         self._ids = itertools.count(1)
+        self._between = peer.hello.purpose == "link"  # parties tell one another codes, never texts
         self._answering = 0
+        self._counting = threading.Lock()
         self._writing = threading.Lock()
         self._reason: str | None = None
         self._ended = threading.Lock()
@@ -102,9 +110,12 @@ class Link:
             self._send(Kind.CALL, [encode({"what": what} | fields)], number)
             answer = future.result(seconds)
         except FutureTimeout:
-            raise PartyError(f"{self.peer.name} did not answer within {seconds:g} s") from None
+            raise late(self.role, seconds) from None
         finally:
             self._calls.pop(number, None)
+        if "error" in answer.body and self._between:
+            cause = Cause.read(answer.body["error"])
+            raise Declined(cause, f"{self.peer.name}: {cause}")
         if "error" in answer.body:
             raise RefusedError(f"{self.peer.name}: {answer.text('error')}")
         return answer
@@ -128,7 +139,7 @@ class Link:
         length = sum(len(part) for part in parts)
         with self._writing:
             if self._reason is not None:
-                raise PartyError(f"{self.peer.name} is not connected: {self._reason}")
+                raise self._lost(f"is not connected: {self._reason}")
             header = Header(kind, self._sent, length, request, phase, depth).pack()
             self._sent = (self._sent + 1) % SERIALS
             self.frame_bytes += HEADER.size + (0 if kind is Kind.DATA else length)
@@ -145,7 +156,12 @@ class Link:
         except PartyError as error:
             reason = "it takes no more data" if isinstance(error, Late) else str(error)
             self.close(reason)
-            raise PartyError(f"{self.peer.name} is not connected: {reason}") from None
+            raise self._lost(f"is not connected: {reason}") from None
+
+    def _lost(self, how: str) -> Stopped:
+        """That the other side is not there. Which client or owner it was, no other party is told."""
+        cause = Cause(Code.LOST, self.role) if self.role <= P2 else Cause(Code.GONE)
+        return Stopped(cause, f"{self.peer.name} {how}")
 
     def _frame_seconds(self, size: int) -> float:
         return self._limits.frame_seconds + size / max(1.0, self._limits.least_rate)
@@ -168,7 +184,7 @@ class Link:
         finally:
             for future in list(self._calls.values()):
                 if not future.done():
-                    future.set_exception(PartyError(f"{self.peer.name} disconnected: {self._reason}"))
+                    future.set_exception(self._lost(f"disconnected: {self._reason}"))
             self._wire.close()
             if self._delayed is not None:
                 self._delayed.stop()
@@ -185,28 +201,41 @@ class Link:
         self._received = (self._received + 1) % SERIALS
         deadline = time.monotonic() + self._frame_seconds(header.length)
         if header.kind is Kind.DATA:
-            payload, deliver = self._handler.room(self, header)
-            self._wire.read(payload.data, deadline)
-            deliver(payload)
+            self._data(self._handler.room(self, header), header.length, deadline)
             return
         content = bytearray(header.length)
         self._wire.read(memoryview(content), deadline)
         if header.kind is not Kind.PING:
             self._control(header, Fields(decode(content)))
 
+    def _data(self, room: Room, size: int, deadline: float) -> None:
+        if room is not None:
+            payload, deliver = room
+            self._wire.read(payload.data, deadline)
+            deliver(payload)
+            return
+        scratch = memoryview(bytearray(min(size, _DROPPED)))
+        while size > 0:
+            part = scratch[: min(size, _DROPPED)]
+            self._wire.read(part, deadline)
+            size -= len(part)
+
     def _control(self, header: Header, fields: Fields) -> None:
         if header.kind is Kind.CAST:
             self._handler.cast(self, header.request, fields)
         elif header.kind is Kind.CALL:
-            self._answering += 1
-            if self._answering > _CALLS:
-                raise FrameError(f"more than {_CALLS} calls at once")
+            with self._counting:  # the reader counts up, whoever answers counts down
+                self._answering += 1
+                if self._answering > _CALLS:
+                    raise FrameError(f"more than {_CALLS} calls at once")
             self._handler.submit(lambda: self._answer(header.request, fields))
         elif header.kind is Kind.REPLY:
+            if self._between and "error" in fields.body:
+                Cause.read(fields.body["error"])
             if (future := self._calls.get(header.request)) is not None and not future.done():
                 future.set_result(fields)
         elif header.kind is Kind.REFUSE:
-            raise Closed(f"it refused: {fields.text('reason')}")
+            raise Closed(str(Cause.read(fields.body)) if self._between else f"it refused: {fields.text('reason')}")
         else:
             raise FrameError(f"a {header.kind.name} frame after the handshake")
 
@@ -217,13 +246,15 @@ class Link:
             body = {"error": str(error)[:1000]}
         except Exception as error:
             body = {"error": mistake(error)}
-        self._answering -= 1
+        with self._counting:
+            self._answering -= 1
         with suppress(PartyError):
             self._send(Kind.REPLY, [encode(body)], number)
 
     def _refuse(self, reason: str) -> None:
+        body = Cause(Code.REFUSED).body() if self._between else {"reason": reason[:1000]}
         with suppress(PartyError):
-            self._send(Kind.REFUSE, [encode({"reason": reason[:1000]})])
+            self._send(Kind.REFUSE, [encode(body)])
 
     def close(self, reason: str) -> None:
         """End the connection; the first reason counts."""
