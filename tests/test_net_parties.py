@@ -31,7 +31,7 @@ NO_STORE = StoreSettings(low_water=0, target=0)
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trio]:
     folder = tmp_path_factory.mktemp("parties")
     compiled(folder)
-    trio = Trio(folder, store=NO_STORE, metrics=True)
+    trio = Trio(folder, store=NO_STORE, metrics=True, recorded=True)
     trio.push()
     yield trio
     trio.close()
@@ -157,7 +157,7 @@ def test_dealing_ahead_in_steps(place: Trio) -> None:
 
 def test_the_store(tmp_path: Path) -> None:
     compiled(tmp_path)
-    trio = Trio(tmp_path, store=NO_STORE)
+    trio = Trio(tmp_path, store=NO_STORE, recorded=True)
     try:
         trio.push()
         assert trio.ask("P2", P0, "deal", count=3, batch=2)["level"] == 3
@@ -188,7 +188,7 @@ def test_a_call_that_a_shutdown_cancels_says_so() -> None:
 
 def test_the_store_refills_itself_and_survives_restarts(tmp_path: Path) -> None:
     compiled(tmp_path)
-    trio = Trio(tmp_path, store=StoreSettings(low_water=2, target=4, batches=(1,)))
+    trio = Trio(tmp_path, store=StoreSettings(low_water=2, target=4, batches=(1,)), recorded=True)
     try:
         trio.push()
         session = trio.status(P0)["session"]

@@ -105,15 +105,15 @@ class Coordinator:
                 while len(self._recent) > self._settings.sizes:
                     self._recent.popitem(last=False)
         except RefusedError as error:
-            self._refuse(visit, str(error))
+            self._dismiss(visit, str(error))
             return
         self._next()
 
-    def _refuse(self, visit: Visit, reason: str) -> None:
+    def _dismiss(self, visit: Visit, reason: str, *, refused: bool = True) -> None:
         """From a thread of its own: a client that reads nothing must not hold up the link to a party."""
         self._leave(visit)
         with suppress(RuntimeError):  # of a pool that was shut down
-            self._notices.submit(visit.tell, reason, refused=True)
+            self._notices.submit(visit.tell, reason, refused=refused)
 
     def cancel(self, visit: Visit, cause: Cause) -> None:
         with self._lock:
@@ -130,7 +130,7 @@ class Coordinator:
             unshared = self._shares.remove(visit)
             if not unshared and not self._turns.remove(visit):
                 return
-        self._refuse(visit, "the share did not come to P1 in time" if unshared else "P0 had no time for the request")
+        self._dismiss(visit, "the share did not come to P1 in time" if unshared else "P0 had no time for the request")
 
     def _next(self) -> None:
         """Start what may start."""
@@ -274,7 +274,7 @@ class Coordinator:
             waiting = self._shares.clear()
         self.engine.metrics.ready.set(0)
         for visit in (job.visit for job in waiting if job.visit is not None):
-            self._refuse(visit, f"P0 cannot serve now: {reason}")
+            self._dismiss(visit, reason, refused=False)
 
     def _keep(self) -> None:
         """Whenever all links are there and no session is under way: resume the one on disk, or open one."""
