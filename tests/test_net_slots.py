@@ -145,6 +145,7 @@ def test_what_is_taken_back_leaves_nothing(trio: Trio, where: str) -> None:
         at_p1.send(Kind.CAST, {"what": "cancel"}, request=6)
     elif where == "before the request":
         share(at_p1, 6)
+        until(lambda: len(coordinator(trio)._shares._early) == 1)
         at_p1.send(Kind.CAST, {"what": "cancel"}, request=6)
         until(lambda: len(trio.servers[P1].lobby) == 0)
         ask(at_p0, 6)  # P0 was told of the share: it starts, and P1 says that it is gone
