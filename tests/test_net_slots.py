@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from net_harness import Trio, close_to, compiled, images
 from test_net_refusals import Raw, admitted
@@ -182,13 +183,11 @@ def test_what_p1_holds_for_one_client_is_bounded_in_bytes(trio: Trio) -> None:
 
 
 def test_a_share_that_was_refused_takes_no_memory(trio: Trio, monkeypatch: pytest.MonkeyPatch) -> None:
-    import tacit.runtime.net.server as server
-
     raw, made = admitted(trio, rank=P1), list[int]()
     share(raw, 1, batch=3)
     until(lambda: len(trio.servers[P1].lobby.held()) == 1)
-    empty = server.np.empty
-    monkeypatch.setattr(server.np, "empty", lambda size, *rest: made.append(size) or empty(size, *rest))
+    empty = np.empty
+    monkeypatch.setattr(np, "empty", lambda size, *rest: made.append(size) or empty(size, *rest))
     share(raw, 2, batch=3)
     assert raw.receive()[1]["refused"]
     share(raw, 3, batch=2)

@@ -12,7 +12,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from tacit.ir.cost import CLIENT, OWNER, P0, P1, P2, ROLES
@@ -21,20 +20,19 @@ from tacit.runtime.channel import NETWORKS
 from tacit.runtime.memory import keep_freed_buffers
 from tacit.runtime.net.causes import Cause, Code, Declined, Stopped, cause_of
 from tacit.runtime.net.coordinator import Coordinator, resume_answer
-from tacit.runtime.net.deployment import Deployment, Identity, Member, check_batch
-from tacit.runtime.net.engine import IDS, Engine, Job, Session, sharing_bytes
-from tacit.runtime.net.flow import Payload
+from tacit.runtime.net.deployment import Deployment, Identity, Member
+from tacit.runtime.net.engine import IDS, Engine, Job, Session
 from tacit.runtime.net.frames import Fields, FrameError, Header
 from tacit.runtime.net.handshake import Hello, Peer, admit, dial, permitted
 from tacit.runtime.net.link import Link, Room, mistake
-from tacit.runtime.net.lobby import Lobby, Visit
+from tacit.runtime.net.lobby import Lobby
 from tacit.runtime.net.metrics import Log, Metrics
 from tacit.runtime.net.opening import Opener
 from tacit.runtime.net.pushing import Receiver
+from tacit.runtime.net.reception import Reception
 from tacit.runtime.net.seats import warm_up
 from tacit.runtime.net.store import Store
 from tacit.runtime.net.wire import Wire, context
-from tacit.runtime.prf import KEY_BYTES
 
 _REDIAL = 0.2
 _HANDSHAKES = 32  # side by side
@@ -64,6 +62,7 @@ class PartyServer:
             if self.rank == P0
             else None
         )
+        self.reception = Reception(self.engine, self.lobby, self.coordinator, self._state, self._note_refusal)
         self.opener = self.coordinator.opener if self.coordinator else Opener(self.engine, self.limits.session_seconds)
         self.receiver = Receiver(self.engine, deployment.plan, self._activate)
         self._model = NETWORKS[deployment.network]
@@ -261,8 +260,7 @@ class PartyServer:
             self.log("connected", party=peer.name)
         link.start()
         if self.rank == P1 and link is self.engine.links.get(P0):
-            for visit in self.lobby.held():  # P0 forgot what it was told on an earlier link
-                self._say_shared(visit)
+            self.reception.say_again()
         if self.coordinator is not None:
             self.coordinator.wake()
 
@@ -274,11 +272,7 @@ class PartyServer:
             for link in links:
                 link.ping()
             self.engine.expire()
-            for visit in self.lobby.expired():
-                if self.coordinator is not None:
-                    self.coordinator.expire(visit)
-                else:
-                    self.lobby.leave(visit)
+            self.reception.expire()
 
     def closed(self, link: Link, reason: str) -> None:
         with self._lock:
@@ -286,8 +280,7 @@ class PartyServer:
             current = self.engine.links.get(link.role) is link
             if current:
                 del self.engine.links[link.role]
-        for visit in self.lobby.of(link):
-            self._forget(visit, Cause(Code.GONE))
+        self.reception.left(link)
         if reason.startswith("it sent "):
             self._note_refusal("frame", reason, link.peer.name)
         if not current:
@@ -319,32 +312,19 @@ class PartyServer:
             payload, flow = found
             return payload, lambda content: flow.put(link.role, header.phase, header.depth, content)
         if purpose == "client":
-            if (visit := self.lobby.expect(link, header.request, size)) is None:
-                return None
-            return np.empty(size, np.uint8), lambda content: self._bring(visit, content)
+            return self.reception.room(link, header.request, size)
         return self.receiver.room(link, header)
-
-    def _bring(self, visit: Visit, content: Payload) -> None:
-        """P1 has a share: only now may P0 start the request."""
-        self.lobby.bring(visit, content)
-        self._say_shared(visit)
-
-    def _say_shared(self, visit: Visit) -> None:
-        if (leader := self.engine.links.get(P0)) is not None:
-            with suppress(PartyError):
-                leader.cast("shared", client=visit.client, number=visit.number, batch=visit.batch)
 
     # --- frames: control ---
 
     def cast(self, link: Link, request: int, fields: Fields) -> None:
         what, purpose = fields.text("what", 32), link.peer.hello.purpose
         if purpose == "client" and what in ("request", "share", "cancel"):
-            self._client_cast(link, what, request, fields)
+            self.reception.cast(link, what, request, fields)
         elif purpose == "link" and what == "start" and link.role == P0:
             self._start(link, request, fields)
         elif purpose == "link" and what == "shared" and link.role == P1 and self.coordinator is not None:
-            client, number = fields.hexadecimal("client", 32).hex(), fields.integer("number", 0, (1 << 64) - 1)
-            self.coordinator.shared(link, client, number, fields.integer("batch", 1, self.limits.batch))
+            self.coordinator.shared(link, *_client(fields), fields.integer("batch", 1, self.limits.batch))
         elif purpose == "link" and what == "begin":
             self._begin(request, fields)
         elif purpose == "link" and what == "draining" and self.coordinator is not None:
@@ -355,54 +335,17 @@ class PartyServer:
         else:
             raise FrameError(f"'{what}', which {ROLES[link.role]} may not ask for")
 
-    def _client_cast(self, link: Link, what: str, number: int, fields: Fields) -> None:
-        if what == "cancel":
-            if (visit := self.lobby.find(link, number)) is not None:
-                self._forget(visit, Cause(Code.CANCELLED))
-            return
-        if (what == "request") != (self.rank == P0):
-            raise FrameError(f"'{what}', which is not for {ROLES[self.rank]}")
-        batch = fields.integer("batch", 1, 1 << 31)
-        seconds = min(fields.number("seconds", 0.0, 1e6), self.limits.request_seconds)
-        visit, session = None, self.engine.session
-        try:
-            check_batch(batch, self.limits)
-            if session is None:
-                raise RefusedError(f"{ROLES[self.rank]} cannot serve now: {self._state()}")
-            if self.coordinator is None:
-                self.lobby.arrive(link, number, batch, sharing_bytes(session, batch), seconds + 5)
-                return
-            seed = fields.hexadecimal("seed", KEY_BYTES)
-            visit = self.lobby.arrive(link, number, batch, 0, seconds)
-            self.coordinator.admit(visit, batch, seed, seconds)
-        except RefusedError as error:
-            self._note_refusal("request", str(error), link.peer.name)
-            if visit is not None:
-                self.lobby.leave(visit)
-            elif self.rank == P1 and session is not None and batch <= self.limits.batch:
-                self.lobby.decline(link, number, sharing_bytes(session, batch))  # its share is on the way already
-            link.cast("error", number, reason=str(error), refused=True)
-
-    def _forget(self, visit: Visit, cause: Cause) -> None:
-        """The client no longer wants it, or is gone."""
-        if self.coordinator is not None:
-            self.coordinator.cancel(visit, cause)
-        elif visit.request is not None:
-            self.engine.stop(visit.request, cause)
-        else:
-            self.lobby.leave(visit)
-
     def _start(self, link: Link, request: int, fields: Fields) -> None:
         """P0 starts a request at P1 and P2."""
         batch = fields.integer("batch", 1, self.limits.batch)
         seconds = fields.number("seconds", 0.0, self.limits.longest)
         stored, deadline = fields.flag("stored"), time.monotonic() + seconds
         job = Job(request, request & IDS, batch, stored, deadline, seconds)
+        whose = _client(fields) if self.rank == P1 else None
         try:
             flow = self.engine.start(job)
-            if self.rank == P1:
-                client, number = fields.hexadecimal("client", 32).hex(), fields.integer("number", 0, (1 << 64) - 1)
-                job.visit = self.lobby.claim(client, number, batch, flow)
+            if whose is not None:
+                job.visit = self.lobby.claim(*whose, batch, flow)
         except TacitError as error:
             self.engine.end(request)
             self.engine.tell(request, cause_of(error, self.rank))
@@ -504,3 +447,8 @@ class PartyServer:
             "threads": threading.active_count(),
             "figures": self.metrics.figures(),
         }
+
+
+def _client(fields: Fields) -> tuple[str, int]:
+    """Whose request P0 and P1 speak of: the client's fingerprint and the number that it drew."""
+    return fields.hexadecimal("client", 32).hex(), fields.integer("number", 0, (1 << 64) - 1)
