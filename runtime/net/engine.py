@@ -186,11 +186,11 @@ class Engine:
         if flow is not None:
             flow.finish()
 
-    def fail_all(self, error: Stopped) -> None:
+    def fail_all(self, cause: Cause, text: str) -> None:
         with self._lock:
             flows = list(self._flows.values())
         for flow in flows:
-            flow.fail(error)
+            flow.fail(Stopped(cause, text))
 
     def expire(self) -> None:
         """Drop flows that another party opened and nobody here ever worked on."""
@@ -227,7 +227,7 @@ class Engine:
             before, self.session = self.session, session
             self._prepared.clear()
         if before is not None and before is not session:
-            self.fail_all(Stopped(Cause(Code.RENEWED)))
+            self.fail_all(Cause(Code.RENEWED), "the session was renewed")
 
     # --- deals ---
 

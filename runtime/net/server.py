@@ -18,7 +18,7 @@ from tacit.ir.cost import CLIENT, OWNER, P0, P1, P2, ROLES
 from tacit.ir.errors import DeploymentError, PartyError, RefusedError, TacitError
 from tacit.runtime.channel import NETWORKS
 from tacit.runtime.memory import keep_freed_buffers
-from tacit.runtime.net.causes import Cause, Code, Declined, Stopped, cause_of
+from tacit.runtime.net.causes import Cause, Code, Declined, cause_of
 from tacit.runtime.net.coordinator import Coordinator, resume_answer
 from tacit.runtime.net.deployment import Deployment, Identity, Member
 from tacit.runtime.net.engine import IDS, Engine, Job, Session
@@ -294,7 +294,7 @@ class PartyServer:
         text = f"{ROLES[rank]} disconnected: {reason}"
         if self.coordinator is not None:
             self.coordinator.lose(text)
-        self.engine.fail_all(Stopped(Cause(Code.LOST, rank), text))
+        self.engine.fail_all(Cause(Code.LOST, rank), text)
         if self.coordinator is not None:
             self.coordinator.wake()
 
