@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import net_recorder
 import torch
 from torch import nn
 
@@ -82,9 +83,12 @@ class Place:
         network: str = "virtual",
         metrics: bool = False,
         plan: str = "",
+        recorded: bool = False,
     ) -> None:
+        """`recorded`: the parties write down what they send, for `assert_nothing_used_twice`."""
         ports = free_ports(6)
         self.folder = folder
+        self.recorded = recorded
         self.file = folder / "deployment.toml"
         made = init_deployment(
             folder,
@@ -140,9 +144,12 @@ class Place:
         return [(line[0], int(line[1])) for line in lines if int(line[1])]
 
     def assert_nothing_used_twice(self) -> None:
+        """By what each party sent in all its lives, and by what its ledger said when it did."""
+        assert self.recorded
         for role in PARTIES:
             found = self.ledger(role)
             assert len(found) == len(set(found)), f"{role} used a batch twice"
+            assert net_recorder.assert_used_once(role, self.folder / role / net_recorder.FILE) > 0
 
 
 class Trio(Place):
@@ -154,9 +161,12 @@ class Trio(Place):
         for rank in (P0, P1, P2):
             self.start(rank)
 
-    def start(self, rank: int) -> PartyServer:
+    def start(self, rank: int, deployment: Deployment | None = None) -> PartyServer:
+        """`deployment`: what this party alone believes, where that is another one."""
         identity = load_identity(self.deployment, self.folder / ROLES[rank])
-        server = self.servers[rank] = PartyServer(self.deployment, identity)
+        server = self.servers[rank] = PartyServer(deployment or self.deployment, identity)
+        if self.recorded:
+            net_recorder.watch(server, identity.folder / net_recorder.FILE)
         server.start()
         return server
 
@@ -184,7 +194,7 @@ class Processes(Place):
                 [
                     sys.executable,
                     "-c",
-                    wrapper + "\n" + PROGRAM,
+                    (net_recorder.WRAPPER if self.recorded else "") + wrapper + "\n" + PROGRAM,
                     "party",
                     role,
                     "--deployment",

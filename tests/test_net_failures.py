@@ -20,8 +20,7 @@ from net_proxy import Proxy, in_front_of, through
 import tacit
 from tacit.ir.cost import P0, P1, P2, ROLES
 from tacit.ir.errors import PartyError, TacitError
-from tacit.runtime.net.deployment import Limits, StoreSettings, load_identity
-from tacit.runtime.net.server import PartyServer
+from tacit.runtime.net.deployment import Limits, StoreSettings
 
 LIMITS = Limits(
     request_seconds=8.0, frame_seconds=4.0, heartbeat_seconds=0.4, silence_seconds=4.0, handshake_seconds=4.0
@@ -146,7 +145,7 @@ class Load:
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     folder = tmp_path_factory.mktemp("processes")
     compiled(folder)
-    place = Processes(folder, limits=LIMITS, store=STORE)
+    place = Processes(folder, limits=LIMITS, store=STORE, recorded=True)
     try:
         place.wait_listening()
         place.push()
@@ -301,12 +300,10 @@ def crossing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Trio, P
     """P1 reaches P0 through a proxy."""
     folder = tmp_path_factory.mktemp("crossing")
     compiled(folder)
-    trio = Trio(folder, limits=LIMITS, store=STORE)
+    trio = Trio(folder, limits=LIMITS, store=STORE, recorded=True)
     trio.stop(P1)
     proxy = in_front_of(trio, P0)
-    identity = load_identity(trio.deployment, folder / "P1")
-    server = trio.servers[P1] = PartyServer(through(trio.deployment, P0, proxy), identity)
-    server.start()
+    trio.start(P1, through(trio.deployment, P0, proxy))
     trio.push()
     yield trio, proxy
     trio.close()

@@ -49,7 +49,7 @@ def held(place: Processes) -> dict[str, tuple[int, int, int]]:
 def soak(folder: Path, requests: int, warm_up: int) -> None:
     compiled(folder)
     store = StoreSettings(low_water=4, target=8, batches=(1, 2))
-    place = Processes(folder, clients=CLIENTS, store=store, limits=Limits(queue=64, per_client=4))
+    place = Processes(folder, clients=CLIENTS, store=store, limits=Limits(queue=64, per_client=4), recorded=True)
     wrong: list[str] = []
     done = 0
     lock = threading.Lock()

@@ -32,7 +32,7 @@ NO_STORE = StoreSettings(low_water=0, target=0)
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trio]:
     folder = tmp_path_factory.mktemp("parties")
     compiled(folder)
-    trio = Trio(folder, store=NO_STORE, metrics=True)
+    trio = Trio(folder, store=NO_STORE, metrics=True, recorded=True)
     trio.push()
     yield trio
     trio.close()
@@ -177,7 +177,7 @@ def test_dealing_ahead_in_steps(place: Trio) -> None:
 
 def test_the_store(tmp_path: Path) -> None:
     compiled(tmp_path)
-    trio = Trio(tmp_path, store=NO_STORE)
+    trio = Trio(tmp_path, store=NO_STORE, recorded=True)
     try:
         trio.push()
         assert trio.ask("P2", P0, "deal", count=3, batch=2)["level"] == 3
@@ -208,7 +208,7 @@ def test_a_call_that_a_shutdown_cancels_says_so() -> None:
 
 def test_the_store_refills_itself_and_survives_restarts(tmp_path: Path) -> None:
     compiled(tmp_path)
-    trio = Trio(tmp_path, store=StoreSettings(low_water=2, target=4, batches=(1,)))
+    trio = Trio(tmp_path, store=StoreSettings(low_water=2, target=4, batches=(1,)), recorded=True)
     try:
         trio.push()
         session = trio.status(P0)["session"]
@@ -382,8 +382,8 @@ def test_the_emulated_wan_takes_what_it_should_and_pipelines(tmp_path: Path) -> 
             begin = time.monotonic()
             remote.predict(images(1))
             alone = time.monotonic() - begin
-            # One latency to P0 is in the rounds; P0's word to P1 and P2 is one more.
-            assert rounds * 0.02 <= alone < 1.2 * (rounds + 1) * 0.02 + 0.05
+            # The share's way is in the rounds; P1's word that it came, and P0's to P1 and P2, are two latencies more.
+            assert rounds * 0.02 <= alone < 1.1 * (rounds + 2) * 0.02 + 0.05
             with ThreadPoolExecutor(8) as pool:
                 begin = time.monotonic()
                 list(pool.map(lambda seed: remote.predict(images(1, seed)), range(8)))

@@ -7,9 +7,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import suppress
 
 from tacit.ir.cost import P1, P2, ROLES
 from tacit.ir.errors import PartyError, ProtocolError, RefusedError, TacitError
+from tacit.runtime.net.causes import Cause, Stopped, not_connected
 from tacit.runtime.net.deployment import Limits, StoreSettings
 from tacit.runtime.net.engine import AHEAD, Engine, Job
 from tacit.runtime.net.frames import Fields
@@ -18,7 +20,7 @@ from tacit.runtime.net.lobby import Visit
 from tacit.runtime.net.opening import Opener
 from tacit.runtime.net.resuming import MAX_STOCK, resume
 from tacit.runtime.net.stock import Stock
-from tacit.runtime.net.turns import Rate, Turns
+from tacit.runtime.net.turns import Rate, Shares, Turns
 
 _TICK = 0.5
 
@@ -26,7 +28,9 @@ _TICK = 0.5
 class Coordinator:
     """Admits requests, starts them, keeps the store filled, and keeps the three parties in one session."""
 
-    def __init__(self, engine: Engine, limits: Limits, settings: StoreSettings, leave: Callable[[Visit], None]) -> None:
+    def __init__(
+        self, engine: Engine, limits: Limits, settings: StoreSettings, clients: int, leave: Callable[[Visit], None]
+    ) -> None:
         self.engine = engine
         self.stock: Stock | None = None
         self.opener = Opener(engine, limits.session_seconds)
@@ -34,10 +38,11 @@ class Coordinator:
         self._limits = limits
         self._settings = settings
         self._leave = leave
-        self._turns = Turns(limits.queue)
+        # One client never has all slots where another one may come: a slot is always near.
+        self._turns = Turns(limits.queue, limits.in_flight if clients == 1 else max(1, limits.in_flight - 1))
+        self._shares = Shares(limits.per_client)
         self._rate = Rate(limits.requests_per_minute)
         self._recent: OrderedDict[int, None] = OrderedDict.fromkeys(settings.batches)
-        self._running = 0
         self._draining = False
         self._lock = threading.RLock()
         self._dealing = threading.Lock()
@@ -47,6 +52,7 @@ class Coordinator:
         self._stop = threading.Event()
         self._pool = ThreadPoolExecutor(limits.in_flight, thread_name_prefix="request")
         self._calls = ThreadPoolExecutor(2, thread_name_prefix="dealing")
+        self._notices = ThreadPoolExecutor(2, thread_name_prefix="notice")
         self._threads = [
             threading.Thread(target=target, name=name, daemon=True)
             for name, target in (("keeper", self._keep), ("refill", self._refill))
@@ -68,8 +74,7 @@ class Coordinator:
     # --- requests ---
 
     def admit(self, visit: Visit, batch: int, seed: bytes, seconds: float) -> None:
-        """A client asks; raises RefusedError where it has to wait elsewhere."""
-        assert visit.link is not None
+        """A client asks, and waits for its share; raises RefusedError where it has to wait elsewhere."""
         with self._lock:
             if self._draining:
                 raise RefusedError("P0 is shutting down")
@@ -77,29 +82,63 @@ class Coordinator:
                 raise RefusedError(f"P0 cannot serve now: {self.state}")
             self._rate.spend(visit.client, visit.link.peer.name)
             job = Job(0, 0, batch, False, time.monotonic() + seconds, seconds, visit, seed)
-            self._turns.push(visit.client, job)
-            self._recent[batch] = None
-            self._recent.move_to_end(batch)
-            while len(self._recent) > self._settings.sizes:
-                self._recent.popitem(last=False)
+            there = self._shares.wait(visit.key, job, self.engine.links.get(P1))
+        if there is not None:
+            self._enter(job, visit, there)
+
+    def shared(self, link: Link, client: str, number: int, batch: int) -> None:
+        """P1 has the share of a request."""
+        with self._lock:
+            job = self._shares.came((client, number), batch, link)
+        if job is not None and job.visit is not None:
+            self._enter(job, job.visit, batch)
+
+    def _enter(self, job: Job, visit: Visit, batch: int) -> None:
+        """A request has all that it needs: it queues up for a slot."""
+        try:
+            with self._lock:
+                if batch != job.batch:
+                    raise RefusedError(f"P0 was told of a batch of {job.batch}, P1 of one of {batch}")
+                self._turns.push(visit.client, job)
+                self._recent[batch] = None
+                self._recent.move_to_end(batch)
+                while len(self._recent) > self._settings.sizes:
+                    self._recent.popitem(last=False)
+        except RefusedError as error:
+            self._dismiss(visit, str(error))
+            return
         self._next()
 
-    def cancel(self, visit: Visit) -> None:
+    def _dismiss(self, visit: Visit, reason: str, *, refused: bool = True) -> None:
+        """From a thread of its own: a client that reads nothing must not hold up the link to a party."""
+        self._leave(visit)
+        with suppress(RuntimeError):  # of a pool that was shut down
+            self._notices.submit(visit.tell, reason, refused=refused)
+
+    def cancel(self, visit: Visit, cause: Cause) -> None:
         with self._lock:
-            if self._turns.remove(visit):
-                self._leave(visit)
+            visit.unwanted = cause
+            waits = self._shares.remove(visit) or self._turns.remove(visit)
+        if waits:
+            self._leave(visit)
+        elif visit.request is not None:
+            self.engine.stop(visit.request, cause)
+
+    def expire(self, visit: Visit) -> None:
+        """The time of a request is up before it was started."""
+        with self._lock:
+            unshared = self._shares.remove(visit)
+            if not unshared and not self._turns.remove(visit):
                 return
-        if visit.request is not None:
-            self.engine.abort(visit.request, "the client cancelled")
+        self._dismiss(visit, "the share did not come to P1 in time" if unshared else "P0 had no time for the request")
 
     def _next(self) -> None:
         """Start what may start."""
         while True:
             with self._lock:
                 self.engine.metrics.waiting.set(len(self._turns))
-                if self._running >= self._limits.in_flight or (job := self._turns.pop()) is None:
+                if self._turns.running >= self._limits.in_flight or (job := self._turns.pop()) is None:
                     return
-                self._running += 1
             self._pool.submit(self._work, job)
 
     def _work(self, job: Job) -> None:
@@ -112,7 +151,7 @@ class Coordinator:
         finally:
             self._leave(visit)
             with self._lock:
-                self._running -= 1
+                self._turns.done(visit.client)
             self._next()
             self._wake_refill.set()
 
@@ -123,7 +162,7 @@ class Coordinator:
             raise RefusedError(f"P0 cannot serve now: {self.state}")
         if left <= 0:
             raise RefusedError(f"P0 had no time for the request within {job.seconds:g} s")
-        if visit.link is None or not visit.link.open:
+        if visit.unwanted is not None or not visit.link.open:
             return
         found = stock.take(job.batch)
         job.stored, job.batch_id = found is not None, found if found is not None else stock.new_id()
@@ -131,23 +170,20 @@ class Coordinator:
         flow = self.engine.start(job)
         visit.flow, visit.request = flow, job.request
         try:
-            for rank in (P1, P2):
-                link = self.engine.links.get(rank)
-                if link is None:
-                    raise PartyError(f"{ROLES[rank]} is not connected")
-                link.cast(
-                    "start",
-                    job.request,
-                    batch=job.batch,
-                    stored=job.stored,
-                    seconds=left,
-                    # P2 has nothing to do with the client, and is not told who it is.
-                    client=visit.client if rank == P1 else "",
-                    number=visit.number if rank == P1 else 0,
-                )
+            if visit.unwanted is not None:  # since before there was a request to stop
+                raise Stopped(visit.unwanted)
+            # P2 has nothing to do with the client: it is not told who it is, nor the time that it gave itself.
+            self._tell_start(P1, job, seconds=left, client=visit.client, number=visit.number)
+            self._tell_start(P2, job, seconds=self._limits.request_seconds)
         except PartyError as error:
             flow.fail(error)
         self.engine.run(job, flow)
+
+    def _tell_start(self, rank: int, job: Job, **fields: str | float) -> None:
+        link = self.engine.links.get(rank)
+        if link is None:
+            raise not_connected(rank)
+        link.cast("start", job.request, batch=job.batch, stored=job.stored, **fields)
 
     # --- the store ---
 
@@ -171,7 +207,7 @@ class Coordinator:
             asked = {}
             for rank, link in links.items():
                 if link is None:
-                    raise PartyError(f"{ROLES[rank]} is not connected")
+                    raise not_connected(rank)
                 asked[rank] = self._call(link, seconds, request=request, batch=batch, seconds=seconds)
             self.engine.deal_ahead(request, batch, seconds)
             size = self._answer(asked[P1]).integer("bytes", 0, 1 << 62)
@@ -235,7 +271,10 @@ class Coordinator:
         """Something that all requests need is gone."""
         with self._lock:
             self.stock, self.state = None, reason
+            waiting = self._shares.clear()
         self.engine.metrics.ready.set(0)
+        for visit in (job.visit for job in waiting if job.visit is not None):
+            self._dismiss(visit, reason, refused=False)
 
     def _keep(self) -> None:
         """Whenever all links are there and no session is under way: resume the one on disk, or open one."""
@@ -260,7 +299,7 @@ class Coordinator:
         for rank in (P1, P2):
             link = self.engine.links.get(rank)
             if link is None:
-                raise PartyError(f"{ROLES[rank]} is not connected")
+                raise not_connected(rank)
             answer = link.call("query", self._limits.handshake_seconds)
             if answer.flag("draining"):
                 raise PartyError(f"{ROLES[rank]} is shutting down")
@@ -294,12 +333,12 @@ class Coordinator:
         with self._lock:
             self._draining = True
         deadline = time.monotonic() + seconds
-        while (self._running or len(self._turns)) and time.monotonic() < deadline:
+        while (self._turns.running or len(self._turns) or len(self._shares)) and time.monotonic() < deadline:
             time.sleep(0.02)
 
     def close(self) -> None:
         self._stop.set()
         self._wake.set()
         self._wake_refill.set()
-        for pool in (self._pool, self._calls):
+        for pool in (self._pool, self._calls, self._notices):
             pool.shutdown(wait=False, cancel_futures=True)

@@ -32,6 +32,7 @@ class Limits:
     in_flight: int = 4  # requests computed side by side
     queue: int = 64  # requests of all clients that wait
     per_client: int = 16  # requests of one client, waiting or computed
+    client_bytes: int = 1 << 31  # of shares that P1 holds for one client
     requests_per_minute: int = 0  # of one client
     connections: int = 256
     per_member: int = 32  # connections of one member

@@ -14,6 +14,7 @@ import torch
 
 from tacit.ir.cost import CLIENT, P1, P2, ROLES
 from tacit.ir.errors import PartyError, ProtocolError, TacitError
+from tacit.runtime.net.causes import Cause, Code, Fault, Stopped, cause_of, not_connected
 from tacit.runtime.net.deployment import Limits
 from tacit.runtime.net.flow import Book, Flow, FlowChannel, Payload, Replay, Send, books, budget
 from tacit.runtime.net.frames import FrameError, Phase
@@ -147,11 +148,11 @@ class Engine:
                 return found
             session = self.session
             if session is None or session_of(request) != session.tag:
-                raise PartyError(f"{ROLES[self.rank]} is not in that session")
+                raise Stopped(Cause(Code.NO_SESSION, self.rank))
             if request in self._ended:
-                raise PartyError("that request has ended")
+                raise Stopped(Cause(Code.ENDED))
             if len(self._flows) > 8 * self.limits.in_flight + 64:
-                raise PartyError(f"{ROLES[self.rank]} has too many requests under way")
+                raise Stopped(Cause(Code.FULL, self.rank))
             flow = Flow(request, batch, budget(session.book(batch), self.rank), time.monotonic() + seconds, seconds)
             self._flows[request] = flow
             return flow
@@ -161,8 +162,8 @@ class Engine:
         with self._lock:
             self._flows[flow.request] = flow
 
-    def room(self, source: int, request: int, phase: Phase, size: int) -> tuple[Payload, Flow | None]:
-        """Memory for a message that another party announces."""
+    def room(self, source: int, request: int, phase: Phase, size: int) -> tuple[Payload, Flow] | None:
+        """Memory for a message that another party announces; None where it came too late to be of use."""
         with self._lock:
             flow, ended = self._flows.get(request), request in self._ended
         if flow is not None:
@@ -173,7 +174,7 @@ class Engine:
         most = 0 if session is None else max(budget(session.book(self.limits.batch), self.rank).values(), default=0)
         if size > most:
             raise FrameError(f"a message of {size} bytes for a request that has ended")
-        return Flow(0, 0, {(phase, source): size}, 0.0, 0.0).room(source, phase, size), None
+        return None
 
     def end(self, request: int) -> None:
         with self._lock:
@@ -185,11 +186,11 @@ class Engine:
         if flow is not None:
             flow.finish()
 
-    def fail_all(self, reason: str) -> None:
+    def fail_all(self, cause: Cause, text: str) -> None:
         with self._lock:
             flows = list(self._flows.values())
         for flow in flows:
-            flow.fail(PartyError(reason))
+            flow.fail(Stopped(cause, text))
 
     def expire(self) -> None:
         """Drop flows that another party opened and nobody here ever worked on."""
@@ -199,20 +200,20 @@ class Engine:
         for request in late:
             self.end(request)
 
-    def abort(self, request: int, reason: str) -> None:
-        """Another party gave up."""
+    def stop(self, request: int, cause: Cause, *, by: int | None = None) -> None:
+        """A request cannot end well: another party says so, or its client is gone."""
         with self._lock:
             flow = self._flows.get(request)
             if flow is None or request not in self._jobs:
                 self.end(request)
         if flow is not None:
-            flow.fail(PartyError(reason))
+            flow.fail(Stopped(cause, f"{cause}" if by is None else f"{ROLES[by]}: {cause}"))
 
-    def tell(self, request: int, reason: str, *, but: int | None = None) -> None:
-        for rank, link in list(self.links.items()):
-            if rank != but:
-                with suppress(PartyError):
-                    link.cast("abort", request, reason=reason)
+    def tell(self, request: int, cause: Cause) -> None:
+        """The other parties, among them P2: the cause, and no word of whose request it was."""
+        for link in list(self.links.values()):
+            with suppress(PartyError):
+                link.cast("abort", request, **cause.body())
 
     @property
     def busy(self) -> int:
@@ -226,7 +227,7 @@ class Engine:
             before, self.session = self.session, session
             self._prepared.clear()
         if before is not None and before is not session:
-            self.fail_all("the session was renewed")
+            self.fail_all(Cause(Code.RENEWED), "the session was renewed")
 
     # --- deals ---
 
@@ -238,7 +239,7 @@ class Engine:
                 assert answers is not None
                 answers.append((phase, depth, message))
             elif (link := self.links.get(target)) is None:
-                raise PartyError(f"{ROLES[target]} is not connected")
+                raise not_connected(target)
             else:
                 link.send(flow.request, phase, depth, message)
 
@@ -247,8 +248,8 @@ class Engine:
     def announce(self, flow: Flow) -> None:
         """Between P1 and P2, whom P0's word may reach at different times: the size goes ahead of the messages."""
         if (other := {P1: P2, P2: P1}.get(self.rank)) is not None and (link := self.links.get(other)) is not None:
-            left = max(0.0, flow.deadline - time.monotonic())
-            link.cast("begin", flow.request, batch=flow.batch, seconds=left)
+            # Without the time that is left: a client chooses how long it waits, and could be known by that.
+            link.cast("begin", flow.request, batch=flow.batch)
 
     def deal_ahead(self, request: int, batch: int, seconds: float) -> int:
         """One batch for the store; returns the bytes on disk. At P2: deal, at P0 and P1: keep what it sends."""
@@ -269,7 +270,7 @@ class Engine:
                 messages.append(payload)
                 due -= payload.size
             if self.session is not session:
-                raise PartyError("the session was renewed")
+                raise Stopped(Cause(Code.RENEWED))
             size = self.store.put_material(session.nonce, batch_id, batch, {P2: messages})
             if size <= _EXPANDED_BYTES and len(self._prepared) < _EXPANDED:
                 self._keep(session, batch_id, session.seats.deal(Replay(self.rank, {P2: messages}), batch_id, batch))
@@ -288,7 +289,7 @@ class Engine:
     def _in_session(self, request: int) -> Session:
         session = self.session
         if session is None or session_of(request) != session.tag:
-            raise PartyError(f"{ROLES[self.rank]} is not in that session")
+            raise Stopped(Cause(Code.NO_SESSION, self.rank))
         return session
 
     # --- requests ---
@@ -297,28 +298,30 @@ class Engine:
         """Register a request, in the order in which they were started; `run` then does the work."""
         with self._lock:
             flow = self.flow(job.request, job.batch, job.seconds)
+            flow.deadline, flow.seconds = job.deadline, job.seconds  # the flow may have been made for a message
             self._jobs[job.request] = job
             return flow
 
     def run(self, job: Job, flow: Flow) -> str:
         """One request from its first message to its last; returns how it ended, never raises."""
         self.metrics.in_flight.inc()
-        reason = "internal error"
+        reason, cause = "internal error", Cause(Code.FAILED, self.rank, Fault.INTERNAL)
         try:
             self._run(job, flow)
             reason = ""
         except TacitError as error:
-            reason = str(error)
+            reason, cause = str(error), cause_of(error, self.rank)
         except Exception as error:
-            reason = f"{ROLES[self.rank]} failed: {mistake(error)}"
+            reason, cause = f"{ROLES[self.rank]} failed: {mistake(error)}", cause_of(error, self.rank)
         finally:
             self.end(job.request)
             self.metrics.in_flight.dec()
             self.metrics.requests.labels("failed" if reason else "answered").inc()
             self.metrics.seconds.observe(time.monotonic() - job.begun)
         if reason:
-            self.log("request failed", request=job.batch_id, reason=reason)
-            self.tell(job.request, reason)
+            self.tell(job.request, cause)
+            whose = {} if job.visit is None else {"client": job.visit.link.peer.name}
+            self.log("request failed", request=job.batch_id, reason=reason, **whose)
             if job.visit is not None:
                 job.visit.tell(reason)
         return reason
@@ -348,7 +351,7 @@ class Engine:
                 pass
         # Sent from here: a client that takes nothing keeps nobody waiting but its own request.
         for answer in answers:
-            assert job.visit is not None and job.visit.link is not None
+            assert job.visit is not None
             job.visit.link.send(job.visit.number, *answer)
         self.metrics.sent(Phase.ONLINE, channel.meter)
 

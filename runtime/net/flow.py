@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from tacit.ir.cost import ROLES
 from tacit.ir.cost import Link as Edge
-from tacit.ir.errors import PartyError, ProtocolError, TacitError
+from tacit.ir.errors import ProtocolError, TacitError
 from tacit.ir.op import Spec
 from tacit.ir.plan import Plan
 from tacit.runtime.channel import Channel, Meter
+from tacit.runtime.net.causes import Cause, Code, Stopped, late
 from tacit.runtime.net.frames import FrameError, Phase, spec_bytes, tensors
 from tacit.runtime.party import Awaited
 
@@ -57,8 +58,8 @@ class Flow:
         self.request = request
         self.batch = batch
         self.deadline = deadline
+        self.seconds = seconds
         self.finished = False
-        self._seconds = seconds
         self._left = dict(allowed)
         self._arrived: dict[tuple[Phase, int], deque[tuple[int, Payload]]] = {}
         self._wanted: dict[tuple[Phase, int], int] = {}
@@ -98,7 +99,7 @@ class Flow:
                 if self._failure is not None:
                     raise self._failure
                 if (left := self.deadline - time.monotonic()) <= 0:
-                    raise PartyError(f"{ROLES[source]} did not answer within {self._seconds:g} s")
+                    raise late(source, self.seconds)
                 self._changed.wait(left)
             self._wanted.pop(key, None)
             depth, payload = queue.popleft()
@@ -132,8 +133,9 @@ class Flow:
         """The deadline has passed: fail, naming a party that is waited for."""
         with self._changed:
             phase, sources, _ = self._waiter or (Phase.ONLINE, [], None)
-            missing = [ROLES[s] for s in sources if not self._arrived.get((phase, s))]
-        self.fail(PartyError(f"{missing[0] if missing else 'this party'} did not answer within {self._seconds:g} s"))
+            missing = [s for s in sources if not self._arrived.get((phase, s))]
+        own = Stopped(Cause(Code.LATE), f"this party did not answer within {self.seconds:g} s")
+        self.fail(late(missing[0], self.seconds) if missing else own)
 
     def fail(self, error: TacitError) -> None:
         """Wake whoever waits; the first reason counts."""

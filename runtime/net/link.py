@@ -17,9 +17,10 @@ from typing import Any, Protocol
 
 import torch
 
-from tacit.ir.cost import OWNER
+from tacit.ir.cost import OWNER, P2
 from tacit.ir.errors import PartyError, RefusedError, TacitError
 from tacit.runtime.channel import LinkModel
+from tacit.runtime.net.causes import Cause, Code, Declined, Stopped, late
 from tacit.runtime.net.deployment import Limits
 from tacit.runtime.net.flow import Payload
 from tacit.runtime.net.frames import (
@@ -43,6 +44,8 @@ Tensor = torch.Tensor
 _CALLS = 16  # of one connection that wait for their answers
 _UNANSWERED = 256  # calls of this side: beyond that the other side is taken for broken
 _JOINED = 1 << 16  # messages up to this size go out in one piece
+_DROPPED = 1 << 16  # bytes read at once of what nobody wants
+Room = tuple[Payload, Callable[[Payload], None]] | None
 
 
 @dataclass
@@ -58,10 +61,12 @@ class Handler(Protocol):
 
     def cast(self, link: Link, request: int, fields: Fields) -> None: ...
 
-    def answer(self, link: Link, fields: Fields) -> dict[str, Any]: ...
+    def answer(self, link: Link, fields: Fields) -> dict[str, Any]:
+        """Between parties it raises nothing: what failed is in its `error`."""
+        ...
 
-    def room(self, link: Link, header: Header) -> tuple[Payload, Callable[[Payload], None]]:
-        """Memory for announced data, and where it goes once it is there; raises FrameError to refuse it."""
+    def room(self, link: Link, header: Header) -> Room:
+        """Memory for announced data, and where it goes once it is there; None to drop it. FrameError refuses it."""
         ...
 
     def closed(self, link: Link, reason: str) -> None: ...
@@ -87,7 +92,9 @@ class Link:
         self._received = 1 if dialled else 2
         self._calls: dict[int, _Call] = {}  # by number, until their replies are there
         self._ids = itertools.count(1)
+        self._between = peer.hello.purpose == "link"  # parties tell one another codes, never texts
         self._answering = 0
+        self._counting = threading.Lock()
         self._writing = threading.Lock()
         self._reason: str | None = None
         self._ended = threading.Lock()
@@ -117,7 +124,10 @@ class Link:
             self._send(Kind.CALL, [encode({"what": what} | fields)], number)
             answer = call.reply.result(seconds)
         except FutureTimeout:
-            raise PartyError(f"{self.peer.name} did not answer within {seconds:g} s") from None
+            raise late(self.role, seconds) from None
+        if "error" in answer.body and self._between:
+            cause = Cause.read(answer.body["error"])
+            raise Declined(cause, f"{self.peer.name}: {cause}")
         if "error" in answer.body:
             raise RefusedError(f"{self.peer.name}: {answer.text('error')}")
         return answer
@@ -141,7 +151,7 @@ class Link:
         length = sum(len(part) for part in parts)
         with self._writing:
             if self._reason is not None:
-                raise PartyError(f"{self.peer.name} is not connected: {self._reason}")
+                raise self._lost(f"is not connected: {self._reason}")
             header = Header(kind, self._sent, length, request, phase, depth).pack()
             self._sent = (self._sent + 1) % SERIALS
             self.frame_bytes += HEADER.size + (0 if kind is Kind.DATA else length)
@@ -158,7 +168,12 @@ class Link:
         except PartyError as error:
             reason = "it takes no more data" if isinstance(error, Late) else str(error)
             self.close(reason)
-            raise PartyError(f"{self.peer.name} is not connected: {reason}") from None
+            raise self._lost(f"is not connected: {reason}") from None
+
+    def _lost(self, how: str) -> Stopped:
+        """That the other side is not there. Which client or owner it was, no other party is told."""
+        cause = Cause(Code.LOST, self.role) if self.role <= P2 else Cause(Code.GONE)
+        return Stopped(cause, f"{self.peer.name} {how}")
 
     def _frame_seconds(self, size: int) -> float:
         return self._limits.frame_seconds + size / max(1.0, self._limits.least_rate)
@@ -180,7 +195,7 @@ class Link:
             self.close(mistake(error))
         finally:
             for call in list(self._calls.values()):
-                call.reply.set_exception(PartyError(f"{self.peer.name} disconnected: {self._reason}"))
+                call.reply.set_exception(self._lost(f"disconnected: {self._reason}"))
             self._wire.close()
             if self._delayed is not None:
                 self._delayed.stop()
@@ -197,9 +212,7 @@ class Link:
         self._received = (self._received + 1) % SERIALS
         deadline = time.monotonic() + self._frame_seconds(header.length)
         if header.kind is Kind.DATA:
-            payload, deliver = self._handler.room(self, header)
-            self._wire.read(payload.data, deadline)
-            deliver(payload)
+            self._data(self._handler.room(self, header), header.length, deadline)
             return
         self._bound(header)
         content = bytearray(header.length)
@@ -219,20 +232,35 @@ class Link:
         if header.length > CONTROL_BYTES and not long:
             raise FrameError(f"a {header.kind.name} frame of {header.length} bytes, {CONTROL_BYTES} are allowed")
 
+    def _data(self, room: Room, size: int, deadline: float) -> None:
+        if room is not None:
+            payload, deliver = room
+            self._wire.read(payload.data, deadline)
+            deliver(payload)
+            return
+        scratch = memoryview(bytearray(min(size, _DROPPED)))
+        while size > 0:
+            part = scratch[: min(size, _DROPPED)]
+            self._wire.read(part, deadline)
+            size -= len(part)
+
     def _control(self, header: Header, fields: Fields) -> None:
         if header.kind is Kind.CAST:
             self._handler.cast(self, header.request, fields)
         elif header.kind is Kind.CALL:
             if header.length > CONTROL_BYTES and fields.text("what", 32) != "offer":
                 raise FrameError(f"a call of {header.length} bytes that offers no plan")
-            self._answering += 1
-            if self._answering > _CALLS:
-                raise FrameError(f"more than {_CALLS} calls at once")
+            with self._counting:  # the reader counts up, whoever answers counts down
+                self._answering += 1
+                if self._answering > _CALLS:
+                    raise FrameError(f"more than {_CALLS} calls at once")
             self._handler.submit(lambda: self._answer(header.request, fields))
         elif header.kind is Kind.REPLY:
+            if self._between and "error" in fields.body:
+                Cause.read(fields.body["error"])
             self._calls.pop(header.request).reply.set_result(fields)
         elif header.kind is Kind.REFUSE:
-            raise Closed(f"it refused: {fields.text('reason')}")
+            raise Closed(str(Cause.read(fields.body)) if self._between else f"it refused: {fields.text('reason')}")
         else:
             raise FrameError(f"a {header.kind.name} frame after the handshake")
 
@@ -243,16 +271,19 @@ class Link:
             body = {"error": str(error)[:1000]}
         except Exception as error:
             body = {"error": mistake(error)}
-        self._answering -= 1
         reply = encode(body)
         if len(reply) > (PLAN_BYTES if fields.body.get("what") == "plan" else CONTROL_BYTES):
-            reply = encode({"error": f"the answer has {len(reply)} bytes, more than a reply may have"})
+            told = f"the answer has {len(reply)} bytes, more than a reply may have"
+            reply = encode({"error": Cause(Code.REFUSED).body() if self._between else told})
+        with self._counting:
+            self._answering -= 1
         with suppress(PartyError):
             self._send(Kind.REPLY, [reply], number)
 
     def _refuse(self, reason: str) -> None:
+        body = Cause(Code.REFUSED).body() if self._between else {"reason": reason[:1000]}
         with suppress(PartyError):
-            self._send(Kind.REFUSE, [encode({"reason": reason[:1000]})])
+            self._send(Kind.REFUSE, [encode(body)])
 
     def close(self, reason: str) -> None:
         """End the connection; the first reason counts."""

@@ -1,8 +1,9 @@
 """Clients at P0 and P1: what each has asked for and not yet been answered.
 
-A client draws a number for each request and tells it to P0 and P1. P0 names client and number when it starts the
-request; P1 joins them with the share that the same certificate brought under the same number, and both send their
-shares of the answer down the connection on which the request came, so that no other client can get it.
+A client draws a number for each request and tells it to P0 and P1, to P1 with its share. P1 tells P0 when it has the
+share; P0 names client and number when it starts the request, and P1 joins them with the share that the same certificate
+brought under the same number. Both send their shares of the answer down the connection on which the request came, so
+that no other client can get it. P2 hears of no client and of no number.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 
 from tacit.ir.cost import CLIENT
 from tacit.ir.errors import PartyError, RefusedError
+from tacit.runtime.net.causes import Cause, Code, Stopped
+from tacit.runtime.net.deployment import Limits
 from tacit.runtime.net.flow import Flow, Payload
 from tacit.runtime.net.frames import FrameError, Phase
 from tacit.runtime.net.link import Link
@@ -25,60 +28,66 @@ Key = tuple[str, int]
 
 @dataclass
 class Visit:
-    """A client's request. At P1 the share, and P0's word that it starts, come in either order."""
+    """A client's request: at P0 what it asked for, at P1 what it brought."""
 
     client: str
     number: int
+    link: Link
+    batch: int
     deadline: float
-    link: Link | None = None
-    batch: int = 0
-    expected: int = -1  # bytes of the share that is still to come
+    size: int = 0  # bytes of the share: what the visit holds at P1, from its announcement to its end
+    expected: int = -1  # of them, as long as they are still to come
+    reading: bool = False
     payload: Payload | None = None
     flow: Flow | None = None
     request: int | None = None
+    unwanted: Cause | None = None  # why nobody waits for it any more
+
+    @property
+    def key(self) -> Key:
+        return self.client, self.number
 
     def tell(self, reason: str, *, refused: bool = False) -> None:
-        if self.link is not None:
-            with suppress(PartyError):
-                self.link.cast("error", self.number, reason=reason, refused=refused)
+        with suppress(PartyError):
+            self.link.cast("error", self.number, reason=reason, refused=refused)
 
 
 class Lobby:
     """The visits at one party, by client and number."""
 
-    def __init__(self, per_client: int) -> None:
-        self._per_client = per_client
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
         self._visits: dict[Key, Visit] = {}
         self._declined: OrderedDict[Key, int] = OrderedDict()
         self._lock = threading.Lock()
 
     def arrive(self, link: Link, number: int, batch: int, share_bytes: int, seconds: float) -> Visit:
-        """A client announces a request; raises RefusedError beyond its quota."""
-        key = (link.peer.member.sha256, number)
+        """A client announces a request, at P1 with the bytes of its share; raises RefusedError beyond its quota."""
+        key, name = (link.peer.member.sha256, number), link.peer.name
         with self._lock:
-            visit = self._visits.get(key)
-            if visit is not None and visit.link is not None:
+            if key in self._visits:
                 raise RefusedError(f"request {number} is under way already")
-            if sum(v.client == key[0] and v.link is not None for v in self._visits.values()) >= self._per_client:
-                raise RefusedError(f"client {link.peer.name} has {self._per_client} requests under way, its quota")
-            if visit is None:
-                visit = self._visits[key] = Visit(*key, time.monotonic() + seconds)
-            elif visit.batch != batch:
-                raise RefusedError(f"P0 was told another batch size than {batch}")
-            visit.link, visit.batch, visit.expected = link, batch, share_bytes
+            mine = [v for v in self._visits.values() if v.client == key[0]]
+            if len(mine) >= self._limits.per_client:
+                raise RefusedError(f"client {name} has {self._limits.per_client} requests under way, its quota")
+            held, most = sum(v.size for v in mine), self._limits.client_bytes
+            if held + share_bytes > most:
+                has = f"client {name} has shares of {held} bytes under way"
+                raise RefusedError(f"{has}, {share_bytes} more are beyond client_bytes, {most}")
+            visit = Visit(*key, link, batch, time.monotonic() + seconds, share_bytes, share_bytes or -1)
+            self._visits[key] = visit
             return visit
 
-    def claim(self, client: str, number: int, batch: int, flow: Flow, seconds: float) -> Visit:
-        """P0 starts a request; raises PartyError where the client told P1 something else."""
+    def claim(self, client: str, number: int, batch: int, flow: Flow) -> Visit:
+        """P0 starts a request whose share it was told of; raises Stopped where that is not here (any more)."""
         with self._lock:
             visit = self._visits.get((client, number))
-            if visit is None:
-                visit = self._visits[client, number] = Visit(client, number, time.monotonic() + seconds, batch=batch)
+            if visit is None or (payload := visit.payload) is None:
+                raise Stopped(Cause(Code.GONE), "the client took its share back, or is gone")
             if visit.batch != batch or visit.flow is not None:
-                raise PartyError("the client told P0 and P1 different things")
-            visit.flow, visit.request, payload = flow, flow.request, visit.payload
-        if payload is not None:
-            flow.put(CLIENT, Phase.ONLINE, 1, payload)
+                raise Stopped(Cause(Code.MIXED), "the client told P0 and P1 different things")
+            visit.flow, visit.request, visit.payload = flow, flow.request, None
+        flow.put(CLIENT, Phase.ONLINE, 1, payload)
         return visit
 
     def decline(self, link: Link, number: int, share_bytes: int) -> None:
@@ -99,20 +108,26 @@ class Lobby:
                 raise FrameError(f"data for request {number}, which is not under way")
             if size != visit.expected:
                 raise FrameError(f"a share of {size} bytes where the plan provides for {visit.expected}")
-            visit.expected = -1
+            visit.expected, visit.reading = -1, True
             return visit
 
     def bring(self, visit: Visit, payload: Payload) -> None:
+        """The share is here."""
         with self._lock:
-            visit.payload, flow = payload, visit.flow
-        if flow is not None:
-            flow.put(CLIENT, Phase.ONLINE, 1, payload)
+            visit.payload, visit.reading = payload, False
+
+    def held(self) -> list[Visit]:
+        """The visits whose share is here and that P0 has not started."""
+        with self._lock:
+            return [v for v in self._visits.values() if v.payload is not None]
 
     def leave(self, visit: Visit) -> None:
-        if visit.link is not None and visit.expected >= 0:
+        if visit.expected >= 0:
             self.decline(visit.link, visit.number, visit.expected)
         with self._lock:
-            self._visits.pop((visit.client, visit.number), None)
+            if self._visits.get(visit.key) is visit:
+                del self._visits[visit.key]
+            visit.payload = None
 
     def find(self, link: Link, number: int) -> Visit | None:
         with self._lock:
@@ -124,10 +139,10 @@ class Lobby:
             return [v for v in self._visits.values() if v.link is link]
 
     def expired(self) -> list[Visit]:
-        """Visits that nobody works on and whose time is up."""
+        """Visits that nobody works on and whose time is up. A share that is being read counts until its frame's end."""
         now = time.monotonic()
         with self._lock:
-            return [v for v in self._visits.values() if v.deadline < now and v.flow is None]
+            return [v for v in self._visits.values() if v.deadline < now and v.flow is None and not v.reading]
 
     def __len__(self) -> int:
         return len(self._visits)

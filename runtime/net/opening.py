@@ -16,7 +16,8 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from tacit.ir.cost import P0, P1, P2, ROLES
-from tacit.ir.errors import PartyError, ProtocolError
+from tacit.ir.errors import ProtocolError
+from tacit.runtime.net.causes import Cause, Code, Stopped, not_connected
 from tacit.runtime.net.engine import Engine, Session, tag_of
 from tacit.runtime.net.flow import Flow, FlowChannel, budget, traffic
 from tacit.runtime.net.frames import Fields, Phase
@@ -83,7 +84,7 @@ class Opener:
         """P1, P2: P0 opens a session. P1 then agrees with P2."""
         nonce, part = fields.hexadecimal("session", 16).hex(), fields.hexadecimal("part", CONTRIBUTION)
         if fields.text("push", 64) != self._model().push:
-            raise ProtocolError(f"{ROLES[self._engine.rank]} holds another model; the owner has to push it again")
+            raise Stopped(Cause(Code.OTHER_MODEL, self._engine.rank))
         opening = self._begin(nonce)
         opening.theirs[P0] = part
         if self._engine.rank == P1:
@@ -154,11 +155,11 @@ class Opener:
 
     def _model(self) -> Model:
         if self._engine.model is None:
-            raise ProtocolError(f"{ROLES[self._engine.rank]} has no model yet; `tacit owner push` brings one")
+            raise Stopped(Cause(Code.NO_MODEL, self._engine.rank))
         return self._engine.model
 
     def _link(self, rank: int) -> Link:
         link = self._engine.links.get(rank)
         if link is None:
-            raise PartyError(f"{ROLES[rank]} is not connected")
+            raise not_connected(rank)
         return link

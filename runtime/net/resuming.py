@@ -20,6 +20,7 @@ from collections.abc import Mapping
 
 from tacit.ir.cost import P0, P1, P2, ROLES
 from tacit.ir.errors import ProtocolError
+from tacit.runtime.net.causes import Cause, Code, Stopped
 from tacit.runtime.net.deployment import Limits
 from tacit.runtime.net.engine import Engine, Session
 from tacit.runtime.net.frames import Fields
@@ -80,7 +81,7 @@ def resume_answer(engine: Engine, fields: Fields) -> dict[str, object]:
     """
     session = engine.session
     if session is None:
-        raise ProtocolError(f"{ROLES[engine.rank]} is in no session")
+        raise Stopped(Cause(Code.NO_SESSION, engine.rank))
     asked = fields.integers("stock", 0, MAX_IDS, MAX_STOCK)
     used, mine = engine.store.ledger.used(session.nonce), engine.store.stock(session.nonce)
     sizes = []

@@ -12,29 +12,28 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from tacit.ir.cost import CLIENT, OWNER, P0, P1, P2, ROLES
 from tacit.ir.errors import DeploymentError, PartyError, RefusedError, TacitError
 from tacit.runtime.channel import NETWORKS
 from tacit.runtime.memory import keep_freed_buffers
+from tacit.runtime.net.causes import Cause, Code, Declined, cause_of
 from tacit.runtime.net.coordinator import Coordinator
-from tacit.runtime.net.deployment import Deployment, Identity, Member, check_batch
-from tacit.runtime.net.engine import IDS, Engine, Job, Session, sharing_bytes
-from tacit.runtime.net.flow import Payload
+from tacit.runtime.net.deployment import Deployment, Identity, Member
+from tacit.runtime.net.engine import IDS, Engine, Job, Session
 from tacit.runtime.net.frames import Fields, FrameError, Header
 from tacit.runtime.net.handshake import Hello, Peer, admit, dial, permitted
-from tacit.runtime.net.link import Link
-from tacit.runtime.net.lobby import Lobby, Visit
+from tacit.runtime.net.link import Link, Room, mistake
+from tacit.runtime.net.lobby import Lobby
 from tacit.runtime.net.metrics import Log, Metrics
 from tacit.runtime.net.opening import Opener
 from tacit.runtime.net.pushing import Receiver
+from tacit.runtime.net.reception import Reception
 from tacit.runtime.net.resuming import resume_answer
 from tacit.runtime.net.seats import warm_up
 from tacit.runtime.net.store import Store
 from tacit.runtime.net.wire import Wire, context
-from tacit.runtime.prf import KEY_BYTES
 
 _REDIAL = 0.2
 _HANDSHAKES = 32  # side by side
@@ -57,10 +56,14 @@ class PartyServer:
         self.log = Log(ROLES[self.rank])
         self.store = Store(folder or identity.folder / "state")
         self.engine = Engine(self.rank, self.limits, self.store, self.metrics, self.log)
-        self.lobby = Lobby(self.limits.per_client)
+        self.lobby = Lobby(self.limits)
+        clients = sum(member.role == CLIENT for member in deployment.members)
         self.coordinator = (
-            Coordinator(self.engine, self.limits, deployment.store, self.lobby.leave) if self.rank == P0 else None
+            Coordinator(self.engine, self.limits, deployment.store, clients, self.lobby.leave)
+            if self.rank == P0
+            else None
         )
+        self.reception = Reception(self.engine, self.lobby, self.coordinator, self._state, self._note_refusal)
         self.opener = self.coordinator.opener if self.coordinator else Opener(self.engine, self.limits.session_seconds)
         self.receiver = Receiver(self.engine, deployment.plan, self._activate)
         self._model = NETWORKS[deployment.network]
@@ -258,11 +261,13 @@ class PartyServer:
                 self.engine.links[peer.role] = link
         if before is not None:
             before.close("it connected anew")
-            self._lost(peer.name, "it connected anew")
+            self._lost(peer.role, "it connected anew")
         if peer.hello.purpose == "link":
             self.metrics.connected.labels(peer.name).set(1)
             self.log("connected", party=peer.name)
         link.start()
+        if self.rank == P1 and link is self.engine.links.get(P0):
+            self.reception.say_again()
         if self.coordinator is not None:
             self.coordinator.wake()
 
@@ -274,9 +279,7 @@ class PartyServer:
             for link in links:
                 link.ping()
             self.engine.expire()
-            for visit in self.lobby.expired():
-                if self.rank == P1:
-                    self.lobby.leave(visit)
+            self.reception.expire()
 
     def closed(self, link: Link, reason: str) -> None:
         with self._lock:
@@ -284,22 +287,21 @@ class PartyServer:
             current = self.engine.links.get(link.role) is link
             if current:
                 del self.engine.links[link.role]
-        for visit in self.lobby.of(link):
-            self._forget(visit, f"client {link.peer.name} disconnected")
+        self.reception.left(link)
         if reason.startswith("it sent "):
             self._note_refusal("frame", reason, link.peer.name)
         if not current:
             return
         self.metrics.connected.labels(link.peer.name).set(0)
-        self._lost(link.peer.name, reason)
+        self._lost(link.role, reason)
 
-    def _lost(self, name: str, reason: str) -> None:
+    def _lost(self, rank: int, reason: str) -> None:
         """The link to a party is gone: what is under way cannot end well."""
-        self.log("disconnected", party=name, reason=reason)
-        text = f"{name} disconnected: {reason}"
+        self.log("disconnected", party=ROLES[rank], reason=reason)
+        text = f"{ROLES[rank]} disconnected: {reason}"
         if self.coordinator is not None:
             self.coordinator.lose(text)
-        self.engine.fail_all(text)
+        self.engine.fail_all(Cause(Code.LOST, rank), text)
         if self.coordinator is not None:
             self.coordinator.wake()
 
@@ -309,16 +311,15 @@ class PartyServer:
 
     # --- frames: data ---
 
-    def room(self, link: Link, header: Header) -> tuple[Payload, Callable[[Payload], None]]:
+    def room(self, link: Link, header: Header) -> Room:
         purpose, size = link.peer.hello.purpose, header.length
         if purpose == "link":
-            payload, flow = self.engine.room(link.role, header.request, header.phase, size)
-            if flow is None:
-                return payload, lambda _: None
+            if (found := self.engine.room(link.role, header.request, header.phase, size)) is None:
+                return None
+            payload, flow = found
             return payload, lambda content: flow.put(link.role, header.phase, header.depth, content)
         if purpose == "client":
-            visit = self.lobby.expect(link, header.request, size)
-            return np.empty(size, np.uint8), lambda content: self.lobby.bring(visit, content) if visit else None
+            return self.reception.room(link, header.request, size)
         return self.receiver.room(link, header)
 
     # --- frames: control ---
@@ -326,69 +327,36 @@ class PartyServer:
     def cast(self, link: Link, request: int, fields: Fields) -> None:
         what, purpose = fields.text("what", 32), link.peer.hello.purpose
         if purpose == "client" and what in ("request", "share", "cancel"):
-            self._client_cast(link, what, request, fields)
+            self.reception.cast(link, what, request, fields)
         elif purpose == "link" and what == "start" and link.role == P0:
             self._start(link, request, fields)
+        elif purpose == "link" and what == "shared" and link.role == P1 and self.coordinator is not None:
+            self.coordinator.shared(link, *_client(fields), fields.integer("batch", 1, self.limits.batch))
         elif purpose == "link" and what == "begin":
             self._begin(request, fields)
         elif purpose == "link" and what == "draining" and self.coordinator is not None:
             self.coordinator.lose(f"{link.peer.name} is shutting down")
         elif purpose == "link" and what == "abort":
-            self.engine.abort(request, fields.text("reason"))
+            cause = Cause.read({key: value for key, value in fields.body.items() if key != "what"})
+            self.engine.stop(request, cause, by=link.role)
         else:
             raise FrameError(f"'{what}', which {ROLES[link.role]} may not ask for")
-
-    def _client_cast(self, link: Link, what: str, number: int, fields: Fields) -> None:
-        if what == "cancel":
-            if (visit := self.lobby.find(link, number)) is not None:
-                self._forget(visit, "the client cancelled")
-            return
-        if (what == "request") != (self.rank == P0):
-            raise FrameError(f"'{what}', which is not for {ROLES[self.rank]}")
-        batch = fields.integer("batch", 1, 1 << 31)
-        seconds = min(fields.number("seconds", 0.0, 1e6), self.limits.request_seconds)
-        visit, session = None, self.engine.session
-        try:
-            check_batch(batch, self.limits)
-            if session is None:
-                raise RefusedError(f"{ROLES[self.rank]} cannot serve now: {self._state()}")
-            if self.coordinator is None:
-                self.lobby.arrive(link, number, batch, sharing_bytes(session, batch), seconds + 5)
-                return
-            seed = fields.hexadecimal("seed", KEY_BYTES)
-            visit = self.lobby.arrive(link, number, batch, -1, seconds)
-            self.coordinator.admit(visit, batch, seed, seconds)
-        except RefusedError as error:
-            self._note_refusal("request", str(error), link.peer.name)
-            if visit is not None:
-                self.lobby.leave(visit)
-            elif self.rank == P1 and session is not None and batch <= self.limits.batch:
-                self.lobby.decline(link, number, sharing_bytes(session, batch))  # its share is on the way already
-            link.cast("error", number, reason=str(error), refused=True)
-
-    def _forget(self, visit: Visit, reason: str) -> None:
-        """The client no longer wants it, or is gone."""
-        if self.coordinator is not None:
-            self.coordinator.cancel(visit)
-        elif visit.flow is not None:
-            visit.flow.fail(PartyError(reason))
-        else:
-            self.lobby.leave(visit)
 
     def _start(self, link: Link, request: int, fields: Fields) -> None:
         """P0 starts a request at P1 and P2."""
         batch = fields.integer("batch", 1, self.limits.batch)
         seconds = fields.number("seconds", 0.0, self.limits.longest)
         stored, deadline = fields.flag("stored"), time.monotonic() + seconds
-        client, number = fields.text("client", 64), fields.integer("number", 0, (1 << 64) - 1)
         job = Job(request, request & IDS, batch, stored, deadline, seconds)
+        whose = _client(fields) if self.rank == P1 else None
         try:
             flow = self.engine.start(job)
-            if self.rank == P1:
-                job.visit = self.lobby.claim(client, number, batch, flow, seconds)
+            if whose is not None:
+                job.visit = self.lobby.claim(*whose, batch, flow)
         except TacitError as error:
             self.engine.end(request)
-            self.engine.tell(request, f"{ROLES[self.rank]}: {error}")
+            self.engine.tell(request, cause_of(error, self.rank))
+            self.log("request failed", request=job.batch_id, reason=str(error))
             return
 
         def work() -> None:
@@ -402,16 +370,20 @@ class PartyServer:
 
     def _begin(self, request: int, fields: Fields) -> None:
         """P1 or P2 is about to send messages of a request of which P0's word may still be on its way."""
-        seconds = fields.number("seconds", 0.0, self.limits.longest)
         try:
-            self.engine.flow(request, fields.integer("batch", 1, self.limits.batch), seconds)
+            self.engine.flow(request, fields.integer("batch", 1, self.limits.batch), self.limits.request_seconds)
         except PartyError:
             self.engine.end(request)  # ended already: what follows is dropped
 
     def answer(self, link: Link, fields: Fields) -> dict[str, Any]:
         what, role = fields.text("what", 32), link.role
         if link.peer.hello.purpose == "link":
-            return self._answer_party(link, what, fields)
+            try:
+                return self._answer_party(link, what, fields)
+            except Exception as error:  # told as a code: the text stays in the log of this party
+                reason = str(error) if isinstance(error, TacitError) else mistake(error)
+                self.log("call failed", what=what, who=link.peer.name, reason=reason)
+                return {"error": cause_of(error, self.rank).body()}
         if what == "status":
             return self.status(role)
         if what == "plan" and self.engine.model is not None:
@@ -450,7 +422,7 @@ class PartyServer:
             request, batch = fields.integer("request", 1, (1 << 64) - 1), fields.integer("batch", 1, self.limits.batch)
             seconds = fields.number("seconds", 0.0, self.limits.longest)
             return {"bytes": self.engine.deal_ahead(request, batch, seconds)}
-        raise RefusedError(f"{ROLES[role]} may not ask for '{what}' here")
+        raise Declined(Cause(Code.FORBIDDEN, self.rank), f"{ROLES[role]} may not ask for '{what}' here")
 
     # --- status ---
 
@@ -482,3 +454,8 @@ class PartyServer:
             "threads": threading.active_count(),
             "figures": self.metrics.figures(),
         }
+
+
+def _client(fields: Fields) -> tuple[str, int]:
+    """Whose request P0 and P1 speak of: the client's fingerprint and the number that it drew."""
+    return fields.hexadecimal("client", 32).hex(), fields.integer("number", 0, (1 << 64) - 1)
