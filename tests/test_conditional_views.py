@@ -13,7 +13,7 @@ import torch
 from harness import fixed_keys, single
 from joint_view import PARTIES, Recorder, constant, record_several
 from scipy.stats import chisquare
-from test_joint_view import LEFT_OUT, each, not_repeated, small, talking
+from test_joint_view import each, not_repeated, small, talking
 from test_leakage import as_bytes, field_shapes, is_field
 
 from tacit.ir.build import Builder
@@ -59,9 +59,8 @@ def residues(message: Tensor, shapes: dict[tuple[int, ...], tuple[int, int]]) ->
 @pytest.mark.parametrize("receiver", PARTIES)
 def test_a_message_is_uniform_given_all_that_its_receiver_holds(sample: Sample, receiver: int) -> None:
     plan = single(sample)
-    assert sample.op.name not in LEFT_OUT
     batch = max(20, BYTES // plan.cost(batch=1).online_bytes)
-    shapes = field_shapes(plan, batch, kind="s" if receiver == P2 else "bits")
+    shapes = field_shapes(plan, batch, *(("s",) if receiver == P2 else ("bits", "rho")))
     differences: dict[tuple[int, int], list[Tensor]] = {}
     first, second = (received(plan, batch, receiver, seed) for seed in (71, 72))
     for (source, a), (again, b) in zip(first, second, strict=True):
@@ -92,7 +91,7 @@ def twice(sample: Sample) -> Plan:
             names.append(b.declare(op, declared, name=f"operand{i}"))
     lines = [b.emit(sample.op, *names, name=name) for name in ("one", "other")]
     result = b.emit(Reveal(), lines[0], name="y")
-    return Plan("twice", tuple(b.nodes), result, Level.PROTOCOL, "fused").verify()
+    return Plan("twice", tuple(b.nodes), result, Level.PROTOCOL, sample.op.suite or "fused").verify()
 
 
 def draws(recorder: Recorder, rank: int, line: str) -> list[Tensor]:

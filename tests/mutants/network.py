@@ -6,8 +6,9 @@ import textwrap
 
 from mutants.mutant import Edit, Mutant, Wrap
 
-FILES, ALL = "tests/test_net_files.py", "tests/test_net_*.py"
-REFUSALS, PRIVACY, PARTIES = "tests/test_net_refusals.py", "tests/test_net_privacy.py", "tests/test_net_parties.py"
+FILES, REFUSALS, PRIVACY, PARTIES = (
+    f"tests/test_net_{name}.py" for name in ("files", "refusals", "privacy", "parties")
+)
 NET = "runtime/net"
 
 
@@ -36,7 +37,7 @@ DISK = (
     Mutant(
         "ledger-not-synced",
         "a batch used before a power cut may be used again",
-        (Edit(f"{NET}/store.py", "Ledger._write", "os.fdatasync(self._file)", "pass"),),
+        (Edit(f"{NET}/ledger.py", "Ledger._write", "os.fdatasync(self._file)", "pass"),),
         (FILES,),
     ),
     Mutant(
@@ -60,13 +61,13 @@ DISK = (
                 """
             ),
         ),
-        ("tests/test_net_ledger*.py", "tests/test_net_death*.py", FILES, "tests/test_net_failures.py", PARTIES, ALL),
+        ("tests/test_net_once.py", "tests/test_net_failures.py"),
     ),
     Mutant(
         "ledger-not-read",
         "after a restart, every batch may be used again",
         wrapped(
-            "store.py",
+            "ledger.py",
             "Ledger._load",
             """
             def mutant(plain, self):
@@ -95,13 +96,27 @@ DISK = (
         "resume-ignores-the-ledger",
         "requests: P1 and P2 offer batches that they refuse later",
         wrapped(
-            "coordinator.py",
+            "resuming.py",
             "resume_answer",
             instead(
                 """
                 def mutant(plain, engine, fields):
                     asked = []
-                    ledger = Instead(engine.store.ledger, used=lambda nonce: asked.append(nonce) or ())
+
+                    class Forgetful:
+                        def __init__(self, nonce):
+                            asked.append(nonce)
+                            self._used = plain_ledger.used(nonce)
+                            self.highest = self._used.highest
+
+                        def __contains__(self, batch_id):
+                            return False
+
+                        def __len__(self):
+                            return len(self._used)
+
+                    plain_ledger = engine.store.ledger
+                    ledger = Instead(plain_ledger, used=Forgetful)
                     answer = plain(Instead(engine, store=Instead(engine.store, ledger=ledger)), fields)
                     if not asked:  # it is asked elsewhere by now
                         mark("stale")
@@ -109,28 +124,28 @@ DISK = (
                 """
             ),
         ),
-        ("tests/test_net_resume*.py", PARTIES, FILES, ALL),
+        ("tests/test_net_restore.py",),
     ),
     Mutant(
         "folders-not-synced",
         "after a power cut a file's name may be gone: the ledger, a reservation, a session",
         wrapped(
-            "store.py",
-            "_sync_folder",
+            "files.py",
+            "sync_folder",
             """
             def mutant(plain, folder):
                 pass
             """,
         ),
-        (FILES, ALL),
+        ("tests/test_net_state.py",),
     ),
     Mutant(
         "files-for-everybody-to-read",
         "shares and keys, to all on the host",
         (
             *wrapped(
-                "store.py",
-                "_write",
+                "files.py",
+                "write_file",
                 """
                 def mutant(plain, path, raw):
                     plain(path, raw)
@@ -147,7 +162,7 @@ DISK = (
                 """,
             ),
             *wrapped(
-                "store.py",
+                "ledger.py",
                 "Ledger.__init__",
                 """
                 def mutant(plain, self, path):
@@ -224,7 +239,7 @@ ADMISSION = (
                 return made
             """,
         ),
-        (REFUSALS, PRIVACY, ALL),
+        (REFUSALS,),
     ),
     Mutant(
         "tls-1-2-is-accepted",
@@ -239,7 +254,7 @@ ADMISSION = (
                 return made
             """,
         ),
-        (REFUSALS, ALL),
+        (REFUSALS,),
     ),
 )
 
@@ -330,11 +345,11 @@ TRAFFIC = (
             Edit(
                 f"{NET}/coordinator.py",
                 "Coordinator._start",
-                'client=visit.client if rank == P1 else ""',
-                "client=visit.client",
+                "self._tell_start(P2, job, seconds=self._limits.request_seconds)",
+                "self._tell_start(P2, job, seconds=left, client=visit.client, number=visit.number)",
             ),
         ),
-        (PRIVACY, ALL),
+        ("tests/test_net_asker.py",),
     ),
     Mutant(
         "visits-by-number-alone",
@@ -343,8 +358,11 @@ TRAFFIC = (
             "lobby.py",
             "Lobby.__init__",
             """
-            def mutant(plain, self, per_client):
+            def mutant(plain, self, limits):
                 class ByNumber(dict):
+                    def __contains__(self, key):
+                        return super().__contains__(key[1])
+
                     def __getitem__(self, key):
                         return super().__getitem__(key[1])
 
@@ -357,11 +375,11 @@ TRAFFIC = (
                     def pop(self, key, *default):
                         return super().pop(key[1], *default)
 
-                plain(self, per_client)
+                plain(self, limits)
                 self._visits = ByNumber()
             """,
         ),
-        ("tests/test_net_visits*.py", "tests/test_net_lobby*.py", PARTIES, REFUSALS, ALL),
+        ("tests/test_net_asker.py",),
     ),
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutants.mutant import Change, Mutant, Rebind, Wrap
+from mutants.mutant import Change, Edit, Mutant, Rebind, Wrap
 
 JOINT = ("tests/test_joint_view*.py", "tests/test_conditional_views.py")
 LEAKAGE = ("tests/test_leakage.py",)
@@ -414,38 +414,69 @@ TEXTBOOK_SUITE = (
     ),
 )
 
-# To be renewed with the form of argmax that stands in for ranks.
-RANKS = (
+WINS, BY_WINS = "ir/ops/wins.py", ("tests/test_argmax.py",)
+ARGMAX = (
+    Mutant("wins-not-turned", "the answer, at P2", material(WINS, "Winner", 'm["turn"].zero_()'), BY_WINS),
     Mutant(
-        "ranks-in-the-order-of-the-classes",
-        "the answer, at P2",
-        material("ir/ops/ranking.py", "LargestRank", "m['order'] = torch.arange(self.classes).expand(self.n, -1)"),
-        LEAKAGE,
+        "one-turn-for-a-batch",
+        "which answers of a batch are alike, at P2",
+        material(WINS, "Winner", 'm["turn"] = m["turn"][:1].expand_as(m["turn"]).contiguous()'),
+        BY_WINS,
     ),
     Mutant(
-        "ranks-not-refreshed",
+        "wins-not-refreshed",
         "the order of the logits, at P2, which dealt both shares of every rho",
-        material("ir/ops/ranking.py", "LargestRank", 'm["refresh"].zero_()'),
-        ("tests/test_rank*.py", "tests/test_argmax*.py", *LEAKAGE),
+        material(WINS, "Winner", 'm["z"].zero_()'),
+        BY_WINS,
     ),
     Mutant(
-        "rank-comparisons-drop-low-bits",
-        "cycles of nearly equal logits, at P2",
+        "wins-not-multiplied", "how many each class beats, at P2", material(WINS, "Winner", 'm["s"].fill_(1)'), BY_WINS
+    ),
+    Mutant(
+        "one-factor-for-the-wins-of-a-row",
+        "the order of the logits, at P2",
+        material(WINS, "Winner", 'm["s"] = m["s"][:1].expand_as(m["s"]).contiguous()'),
+        BY_WINS,
+    ),
+    Mutant(
+        "comparisons-of-wins-drop-low-bits",
+        "circles of nearly equal logits, at P2",
         (
-            Wrap(
-                "ir/ops/ranking.py",
-                "ArgmaxByRank.parts",
-                """
-                def mutant(plain, self, x):
-                    import dataclasses
-
-                    first, *others = plain(self, x)
-                    return dataclasses.replace(first, drop=6), *others
-                """,
+            Edit(
+                WINS,
+                "ArgmaxByWins.parts",
+                "Select((pairs, n), self.window, relu=False",
+                "Select((pairs, n), self.window, min(6, self.window - 5), relu=False",
             ),
         ),
-        (*LEAKAGE, *MEANING),
+        (*BY_WINS, *MEANING),
+    ),
+    Mutant(
+        "logits-compared-as-they-are",
+        "whether logits left their range, at P2: classes that beat one another in a circle",
+        (
+            Edit(
+                WINS,
+                "ArgmaxByWins.run",
+                "party.ring.pair_differences(comparable)",
+                "party.ring.pair_differences(x if x.dtype == comparable.dtype else comparable)",
+            ),
+        ),
+        BY_WINS,
+    ),
+    Mutant(
+        "a-window-for-logits-in-range-alone",
+        "whether logits left their range, at P2",
+        (
+            Edit(
+                WINS,
+                "ArgmaxByWins.parts",
+                "Select((pairs, n), self.window, relu=False",
+                "Select((pairs, n), self.window - 2, relu=False",
+            ),
+        ),
+        BY_WINS,
     ),
 )
 
-MUTANTS = COMPARING + ANSWERING + OPENING + TEXTBOOK_SUITE + RANKS
+MUTANTS = COMPARING + ANSWERING + OPENING + TEXTBOOK_SUITE + ARGMAX
