@@ -65,7 +65,7 @@ def used() -> Iterator[Used]:
 def place(tmp_path_factory: pytest.TempPathFactory, used: Used) -> Iterator[Trio]:
     folder = tmp_path_factory.mktemp("restore")
     compiled(folder)
-    trio = Trio(folder, limits=Limits(in_flight=2), store=StoreSettings(low_water=0, target=0))
+    trio = Trio(folder, limits=Limits(in_flight=2), store=StoreSettings(low_water=0, target=0), recorded=True)
     trio.push()
     yield trio
     trio.close()
