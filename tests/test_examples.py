@@ -13,7 +13,7 @@ import pytest
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SAYS = {
-    "story.py": ["Test set: Accuracy: ", "/1600 (", "15 rounds"],
+    "story.py": ["Test set: Accuracy: ", "/1600 (", "16 rounds"],
     "lenet.py": ["conv2", "bit for bit", "trace.json"],
     "plans.py": ["the text is the plan: True", "fused, reveal argmax", "What the textbook protocol costs"],
     "resnet.py": ["as in plaintext 16/16", "no value left the range"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -111,10 +112,15 @@ def test_a_failure_in_dealing_reaches_the_caller(secure: tacit.Secure, monkeypat
 
 
 def test_a_stream_that_is_given_up_leaves_no_thread(secure: tacit.Secure) -> None:
+    list(secure.stream(images(2, 6) for _ in range(3)))
     before = threading.active_count()
-    stream = secure.stream(images(2, 6) for _ in range(100))
-    next(stream)
-    stream.close()  # type: ignore[attr-defined]
+    for _ in range(3):
+        stream = secure.stream(images(2, 6) for _ in range(100))
+        next(stream)
+        stream.close()  # type: ignore[attr-defined]
+    until = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < until:
+        time.sleep(0.01)
     assert threading.active_count() <= before
     assert len(secure(images(2, 6))) == 2
 

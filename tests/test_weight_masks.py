@@ -17,6 +17,7 @@ from tacit.ir.cost import P0, P1, P2
 from tacit.ir.op import Level, Sample
 from tacit.ir.ops.roles import Input, Mask, Reveal, Weight
 from tacit.ir.plan import Plan
+from tacit.runtime.crew import Crew
 from tacit.runtime.prf import fresh_keys
 from tacit.runtime.session import Session
 
@@ -113,7 +114,7 @@ def test_the_textbook_suite_masks_a_weight_anew_in_every_inference() -> None:
             x = b.declare(Input("x", 0.0, 0.0), sample.args[0], name="x")
             w = b.declare(Weight("w"), sample.args[1], name="w")
             y = b.emit(Reveal(), b.emit(sample.op, x, w, name="out"), name="y")
-            plan = Plan("textbook", tuple(b.nodes), y, Level.PROTOCOL, "textbook").verify()
+            plan = Plan("textbook", tuple(b.nodes), y, Level.PROTOCOL, "securenn").verify()
             session = Session(plan, weights_of(plan), keys=fresh_keys())
             dealt = [session.deal(2).material for _ in range(3)]
             session.close()
@@ -126,9 +127,9 @@ def opening(plan: Plan, weights: dict[str, Tensor], receiver: int, seed: int) ->
     found: list[tuple[tuple[int, int], list[Tensor]]] = []
     plain = Session._open
 
-    def recorded(self: Session) -> object:
+    def recorded(self: Session, crew: Crew) -> object:
         self.network.transcript = found
-        return plain(self)
+        return plain(self, crew)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Session, "_open", recorded)
