@@ -20,7 +20,7 @@ demo: $(NAMES)
 	$(BIN)/python examples/demo.py
 
 test: $(NAMES) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(NAMES)
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import multiprocessing as mp
 import os
@@ -18,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_threads import WITHIN, models, openings, work
+from test_threads import WITHIN, at_once, called, models, openings, work
 from torch import nn
 
 import tacit
@@ -191,45 +192,48 @@ def test_sessions_and_material_cannot_be_copied() -> None:
 
 # --- workers ---
 
-Work = tuple[tacit.Secure, nn.Module, tuple[int, ...], int, int]
+Known = list[tuple[tacit.Secure, nn.Module, tuple[int, ...]]]
 
 
-def worker(job: Work) -> tuple[Counter[str], list[tuple[object, ...]], int]:
-    secure, model, shape, calls, seed = job
-    session = secure.session()
-    session.network.transcript = session.network.transcript or []
-    begin = len(session.network.transcript)
-    ended = work(secure, model, shape, calls, seed)
-    session.network.transcript = session.network.transcript[begin:]
-    return ended, openings(session), os.getpid()
+def worker(job: tuple[Known, int, int, int]) -> tuple[Counter[str], list[bytes]]:
+    """Threads that call all models, and a stream beside them; how the calls ended, and what P1 opened to P0."""
+    torch.set_num_threads(1)
+    known, threads, calls, batches = job
+    for secure, _, _ in known:
+        secure.session().network.transcript = []
+    ended = at_once(called(known, threads, calls, batches))
+    return ended, [digest(message) for secure, _, _ in known for message in openings(secure.session())]
 
 
-def in_workers(method: str, workers: int, calls: int) -> None:
-    """Pools of processes; what all of them open, under all models, is different everywhere."""
+def digest(message: tuple[object, ...]) -> bytes:
+    return hashlib.sha256(repr(message).encode()).digest()
+
+
+def in_workers(method: str, workers: int, threads: int, calls: int, batches: int) -> None:
+    """What all processes open, this one included, is different everywhere: nothing is masked twice alike."""
     known = models()
-    for secure, model, shape in known:
-        work(secure, model, shape, 1, 3)
-    jobs: list[Work] = [(*known[i % 3], calls, i) for i in range(2 * workers)]
+    job = known, threads, calls, batches
+    mine = worker((known, 1, 3, 2))
     with mp.get_context(method).Pool(workers) as pool:
-        found = pool.map_async(worker, jobs, chunksize=1).get(120 + calls)
-    assert sum((ended for ended, _, _ in found), Counter[str]()) == Counter(right=calls * len(jobs))
-    sent = [message for _, messages, _ in found for message in messages]
-    assert len(sent) >= calls * len(jobs) and len(set(sent)) == len(sent)
+        found = pool.map_async(worker, [job] * workers, chunksize=1).get(600)
+    for ended, _ in found:
+        assert ended == Counter(right=threads * (calls // len(known)) * len(known) + batches)
+    sent = [message for _, messages in (mine, *found) for message in messages]
+    assert len(sent) > workers * threads * calls and len(set(sent)) == len(sent)
 
 
 def test_forked_workers() -> None:
-    in_workers("fork", 3, 5)
+    in_workers("fork", workers=3, threads=2, calls=6, batches=3)
 
 
-@pytest.mark.slow
 def test_spawned_workers() -> None:
-    in_workers("spawn", 2, 5)
+    in_workers("spawn", workers=1, threads=2, calls=6, batches=3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_four_workers_of_many_calls(method: str) -> None:
-    in_workers(method, 4, 500)
+def test_four_workers_of_eight_threads_of_five_hundred_calls(method: str) -> None:
+    in_workers(method, workers=4, threads=8, calls=500, batches=200)
 
 
 class Answers(torch.utils.data.Dataset[Tensor]):

@@ -69,16 +69,23 @@ def at_once(jobs: list[Callable[[], Counter[str]]]) -> Counter[str]:
         return sum((found.result() for found in [pool.submit(job) for job in jobs]), Counter[str]())
 
 
-def exercised(threads: int, calls: int, batches: int) -> None:
-    """Threads call three models in turn, a stream beside them; all are right, and nothing is opened twice alike."""
-    known = models()
-    for secure, _, _ in known:
-        secure.session().network.transcript = []
+def called(
+    known: list[tuple[tacit.Secure, nn.Module, tuple[int, ...]]], threads: int, calls: int, batches: int
+) -> list[Callable[[], Counter[str]]]:
+    """Threads that call all models one after the other, and a stream of one of them."""
     jobs: list[Callable[[], Counter[str]]] = [
         lambda i=i: sum((work(*one, calls // len(known), 100 * i + k) for k, one in enumerate(known)), Counter())
         for i in range(threads)
     ]
-    ended = at_once([*jobs, lambda: stream(*known[1], batches)])
+    return [*jobs, lambda: stream(*known[1], batches)]
+
+
+def exercised(threads: int, calls: int, batches: int) -> None:
+    """All are right, and nothing is opened twice alike."""
+    known = models()
+    for secure, _, _ in known:
+        secure.session().network.transcript = []
+    ended = at_once(called(known, threads, calls, batches))
     assert ended == Counter(right=threads * (calls // len(known)) * len(known) + batches)
     for secure, _, _ in known:
         sent = openings(secure.session())
