@@ -6,24 +6,29 @@ nobody in the child will ever release.
 
 from __future__ import annotations
 
+import itertools
 import os
 import weakref
 from collections.abc import Callable
 from types import MethodType
 
-_renewals: list[Callable[[], Callable[[], None] | None]] = []
+_renewals: dict[int, Callable[[], Callable[[], None] | None]] = {}
+_numbers = itertools.count()
 
 
 def in_child(renew: Callable[[], None]) -> None:
     """Call this in every process that is forked from now on; a method, as long as its object lives."""
-    _renewals.append(weakref.WeakMethod(renew) if isinstance(renew, MethodType) else lambda: renew)
+    number = next(_numbers)
+    if isinstance(renew, MethodType):
+        _renewals[number] = weakref.WeakMethod(renew, lambda _: _renewals.pop(number, None))
+    else:
+        _renewals[number] = lambda: renew
 
 
 def _renew() -> None:
-    alive = [(kept, renew) for kept in _renewals if (renew := kept()) is not None]
-    _renewals[:] = [kept for kept, _ in alive]
-    for _, renew in alive:
-        renew()
+    for kept in list(_renewals.values()):
+        if (renew := kept()) is not None:
+            renew()
 
 
 if hasattr(os, "register_at_fork"):

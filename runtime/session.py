@@ -126,15 +126,20 @@ class Session:
         try:
             yield crew
         except BaseException as error:
-            if not isinstance(error, Exception):
+            if not isinstance(error, Exception) and os.getpid() == self.pid:
                 crew.abandon()
             raise
         finally:
-            if crew.usable and os.getpid() == self.pid:
-                with self._lock:
-                    self._idle.append(crew)
-            else:
-                crew.close()
+            self._return(crew)
+
+    def _return(self, crew: Crew) -> None:
+        if os.getpid() != self.pid:
+            return  # a stream that was begun before a fork: its threads, and their locks, are in the other process
+        if not crew.usable:
+            crew.close()
+            return
+        with self._lock:
+            self._idle.append(crew)
 
     def _run(self, work: Callable[[Crew], _T]) -> _T:
         with self._crew() as crew, on_one_core():
