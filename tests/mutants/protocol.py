@@ -312,16 +312,12 @@ OPENING = (
         (
             Wrap(
                 "runtime/session.py",
-                "Session.infer",
+                "Session._material",
                 """
-                def mutant(plain, self, dealt, inputs, *, trace=False):
+                def mutant(plain, self, dealt):
                     import copy
 
-                    kept = copy.deepcopy(dealt.material)
-                    try:
-                        return plain(self, dealt, inputs, trace=trace)
-                    finally:
-                        dealt.material = kept
+                    return copy.deepcopy(dealt.material)
                 """,
             ),
         ),
