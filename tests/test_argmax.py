@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from harness import fixed_keys, samples, single
 from scipy.stats import chisquare
+from test_joint_view_p2 import assert_pairs
 from test_leakage import ALPHA, uniform
 from torch import nn
 
@@ -55,6 +57,9 @@ def test_p2_sees_exactly_one_zero_whatever_the_logits_are(name: str) -> None:
         assert bool(((total == 0).sum(0) == 1).all())
         assert chisquare((total == 0).sum(1)).pvalue > ALPHA
         assert uniform(total[total > 0] - 1, p - 1) and all(uniform(entry, p) for entry in entries)
+        others = total.numpy().astype(int)
+        assert_pairs(others, np.roll(others, 1, 0), p, "neighbouring classes")
+        assert_pairs(others[:, :-1], others[:, 1:], p, "neighbouring rows")
 
 
 @pytest.mark.parametrize("reveal", ["argmax", "correct"])

@@ -45,14 +45,14 @@ DISK = (
         "a batch whose request died half-way may be used again",
         wrapped(
             "engine.py",
-            "Engine._run",
+            "Engine._run_in",
             instead(
                 """
-                def mutant(plain, self, job, flow):
+                def mutant(plain, self, session, job, flow):
                     late = []
                     ledger = Instead(self.store.ledger, consume=lambda *line: late.append(line))
                     try:
-                        plain(Instead(self, store=Instead(self.store, ledger=ledger)), job, flow)
+                        plain(Instead(self, store=Instead(self.store, ledger=ledger)), session, job, flow)
                     finally:
                         for line in late:
                             self.store.ledger.consume(*line)
