@@ -187,24 +187,9 @@ def digit_corrections(r: torch.Tensor, low: int, digits: Digits, share0: torch.T
     return out
 
 
-# --- shares of residues, element by element: for few of them ---
-
-
 def minus(a: torch.Tensor, b: torch.Tensor, p: int) -> torch.Tensor:
     """a - b modulo p."""
     return torch.where(a < b, a + (p - b), a - b)
-
-
-def bit_share(rho: torch.Tensor, flip: torch.Tensor, e: torch.Tensor, p: int, *, first: bool) -> torch.Tensor:
-    """A share over Z_p of e xor flip xor rho, from a share of rho; `flip` and `e` are known to both."""
-    one = torch.full_like(rho, int(first))
-    return torch.where((flip ^ e).view(rho.shape) != 0, minus(one, rho, p), rho)
-
-
-def hide(value: torch.Tensor, s: torch.Tensor, z: torch.Tensor, p: int, *, negate: bool) -> torch.Tensor:
-    """s value + z, or s value - z, modulo p; as uint8."""
-    wide = s.to(torch.int32) * value
-    return ((wide - z if negate else wide + z) % p).to(torch.uint8)
 
 
 # --- PrivateCompare ---

@@ -32,7 +32,7 @@ from tacit.ir.op import Material, Program, Received, Round, Spec
 from tacit.ir.plan import Node, Plan, Schedule, SizedNode
 from tacit.ir.types import RING_BITS, Shape, Type
 from tacit.runtime import field as zp
-from tacit.runtime import piecewise
+from tacit.runtime import piecewise, wins
 from tacit.runtime import ring as z64
 from tacit.runtime.channel import Channel
 from tacit.runtime.prf import Stream, Streams
@@ -66,6 +66,7 @@ class Party:
     ring: ModuleType = z64
     field: ModuleType = zp
     piecewise: ModuleType = piecewise
+    wins: ModuleType = wins
     online: bool = False  # dealing and running have streams of their own: nothing is drawn twice
     _opened: dict[int, Stream] = dataclasses.field(default_factory=dict)
 

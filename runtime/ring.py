@@ -312,28 +312,6 @@ def pair_differences(value: Tensor) -> Tensor:
 
 
 @njit(nogil=True, cache=True)
-def _wins(bits: Array, first: bool, out: Array) -> None:
-    n, classes = out.shape
-    for i in range(n):
-        for b in range(classes):
-            out[i, b] = b if first else 0
-    row = 0
-    for a in range(classes):
-        for b in range(a + 1, classes):
-            for i in range(n):
-                out[i, a] += bits[row, i]
-                out[i, b] -= bits[row, i]
-            row += 1
-
-
-def wins(bits: Tensor, classes: int, *, first: bool) -> Tensor:
-    """How many classes each beats, (n, classes), from the bits [a beats b], (pairs, n), in the same order."""
-    out = torch.empty((bits.shape[1], classes), dtype=bits.dtype)
-    _wins(bits.numpy(), first, out.numpy())
-    return out
-
-
-@njit(nogil=True, cache=True)
 def _bit(value: Array, position: int, out: Array) -> None:
     word: Any = value.dtype.type
     shift, one = word(position), word(1)

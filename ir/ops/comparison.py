@@ -122,7 +122,8 @@ class Select(Subprotocol):
     x, and [C < R] = msb(R) (1 - msb(C)), because C - R is then closer to 0 than half the ring: no offset, and no bit
     of the ring is lost.
 
-    p: DReLU(x) alone is wanted, over Z_p rather than in Z_2^target; the shape has two dimensions then.
+    p: DReLU(x) alone is wanted, over Z_p: as shares of rho and the public bit that DReLU(x) xor rho is. The shape has
+    two dimensions then.
     """
 
     shape: Shape
@@ -261,7 +262,7 @@ class Select(Subprotocol):
         elif self.relu:
             out.append(ring.select(c, m["r"], m["rho r"], x, m["rho"], flip, e, first=first))
         if self.bit and self.p:
-            out.append(party.field.bit_share(m["rho"], flip, e, self.p, first=first))
+            out.append((m["rho"], flip ^ e))
         elif self.bit:
             out.append(ring.bit_share(m["rho"], flip, e, first=first))
         for i, (value, public) in enumerate(zip(payloads, opened, strict=True)):

@@ -88,25 +88,21 @@ class Winner(Subprotocol):
         """`values`: shares over Z_p of the wins, (classes, n); returns shares of the index of the winner, (n,)."""
         if party.rank == P2:
             return (yield from self._help(party, material))
-        wins, share = values[0], material["mask"]
-        # The class that stands at each place once the row is turned.
-        order = (torch.arange(self.classes).unsqueeze(1) - material["turn"]) % self.classes
-        missing = wins - (self.classes - 1 if party.first else 0)
-        blinded = party.field.hide(missing, material["s"], material["z"], self.p, negate=not party.first)
-        yield Round(send={P2: (party.field.pack(blinded.gather(0, order), self.p),)})
+        share, turn = material["mask"], material["turn"]
+        blinded = party.wins.hidden(values[0], material["s"], material["z"], turn, self.p, first=party.first)
+        yield Round(send={P2: (party.field.pack(blinded, self.p),)})
         if party.first:
             yield Round()
         else:
             got = yield Round(recv={P2: (Spec((self.classes, self.n), DTYPES[self.ring]),)})
             share = share + got[P2][0]
-        return (share * order).sum(0).to(share.dtype)
+        return party.wins.index(share, turn)
 
     def _help(self, party: Party, material: Material) -> Program:
         spec = (Spec(*party.field.packed_shape(self.classes, self.n, self.p)),)
         got = yield Round(recv={P0: spec, P1: spec})
         entries = [party.field.unpack(got[rank][0], self.classes, self.p) for rank in (P0, P1)]
-        winner = (entries[0] + entries[1]) % self.p == 0
-        yield Round(send={P1: (winner.to(DTYPES[self.ring]) - material["mask"],)})
+        yield Round(send={P1: (party.wins.zeros(*entries, material["mask"], self.p),)})
 
 
 @dataclass(frozen=True)
@@ -161,9 +157,8 @@ class ArgmaxByWins(FixedArgmax):
         p, classes = prime_for(x.shape[1]), x.shape[1]
         comparable = yield from party.part(x << (party.args[0].ring - self.modulus_bits))
         # A class beats a later one where it is at least as large, so the first of equals wins.
-        (bits,) = yield from party.part(party.ring.pair_differences(comparable))
-        wins = party.ring.wins(bits.to(torch.int32), classes, first=party.first) % p
-        return (yield from party.part(wins.t()))
+        ((rho, known),) = yield from party.part(party.ring.pair_differences(comparable))
+        return (yield from party.part(party.wins.counted(rho, known, classes, p, first=party.first)))
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
