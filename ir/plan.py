@@ -394,6 +394,9 @@ class Plan:
             found = inferred(node.op, operands)
         except CompileError as error:  # a function that there is none of
             raise PlanError(str(error)) from None
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            # A plan may come from a stranger: its attributes need not even have the form that `infer` computes with.
+            raise PlanError(f"{node.op.name} does not take {len(operands)} operands with these attributes") from error
         # Range analysis may claim a smaller width than the types alone give, never a larger one.
         if found.with_(width=node.type.width) != node.type or node.type.width > found.width:
             raise PlanError(f"%{node.name} is declared {node.type}, but {node.op.name} gives {found}")

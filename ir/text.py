@@ -146,15 +146,11 @@ def _value_text(value: Any) -> str:
     return number(value) if isinstance(value, int) else str(value)
 
 
-def _field_types(op: type[Op]) -> dict[str, Any]:
-    return _field_types_of(op.name)
-
-
 @cache
-def _field_types_of(name: str) -> dict[str, Any]:
-    op = Op.registry[name]
+def _field_types(op: Any) -> dict[str, Any]:
+    """By name, of a subclass of Op: by the class itself, as one that is defined anew may have other fields."""
     hints = typing.get_type_hints(op)
-    return {field.name: hints[field.name] for field in dataclasses.fields(op)}  # type: ignore[arg-type]
+    return {field.name: hints[field.name] for field in dataclasses.fields(op)}
 
 
 def _parse_value(kind: Any, text: str) -> Any:
@@ -208,7 +204,7 @@ def _parse_line(lines: list[str], i: int) -> Node:
 
 
 def _parse_operands(text: str, op_type: type[Op]) -> tuple[tuple[str, ...], dict[str, Any]]:
-    args, attributes, kinds = [], {}, _field_types(op_type)
+    args, attributes, kinds = [], {}, _field_types(typing.cast(Any, op_type))  # for mypy, no type is hashable
     for item in filter(None, (part.strip() for part in text.split(","))):
         if operand := re.fullmatch(r"%(\w++)", item):
             args.append(operand.group(1))

@@ -98,8 +98,8 @@ def _share_truncation(party: Party, r: Tensor, shape: Shape, bits: int, target: 
     """[r >> bits] in the ring of the result, and [msb(r)]."""
     at_p2, ring = party.rank == P2, party.ring.bits_of(r)
     above = party.ring.shift_right(r, bits) if at_p2 else None
-    if above is not None and not bits:
-        above = above.to(torch.int64) & ((1 << ring) - 1 if ring < RING_BITS else -1)  # r is unsigned
+    if above is not None and not bits and ring < target:
+        above = above.to(torch.int64) & (1 << ring) - 1  # r is unsigned
     shifted = party.share("r shifted", shape, above, bits=target)
     top = party.ring.bit(r, ring - 1).view(shape) if at_p2 else None
     msb = party.share("r msb", shape, top, bits=wrap_bits(bits, ring, target))
