@@ -29,7 +29,10 @@ from tacit.structure import in_order, leaves
 Tensor = torch.Tensor
 Model = torch.nn.Module | ExportedProgram
 REVEALS = ("logits", "argmax", "correct")
-_PROBES = 16
+# Inputs from all over the range on which a scale is tried out; calibration data, of which it takes more.
+_PROBES, _CALIBRATED_PROBES = 16, 64
+# The standard deviation of a faint input: about a quarter of a step of 8 bits in an image from 0 to 1.
+_FAINT = 1e-3
 # Without a declared range, inputs may reach this far at least.
 _LEAST_REACH, _MOST_REACH = 4.0, 2.0**40
 
@@ -57,7 +60,8 @@ def compile(
     input_range: (low, high), or one such pair for each input. Clients refuse inputs outside it. Default: symmetric,
         to the power of two at or above twice the largest magnitude of the example, at least 4.
     frac_bits: fractional bits of activations, 1 to 20; weights get up to four more. Default: the fewest with which
-        logits stay within 2^-8 of the float model's.
+        logits stay within 2^-8 of the float model's, tried out on the whole example, on random, blank and faint
+        inputs of the range. Where even 20 are too few, a PrecisionWarning names the layer.
     max_error: how far the polynomials that stand for sigmoid, GELU, exp and the like may be from them, over the range
         that their operand can have; relative where the function is above 1. From 2^-20 to 2^-3. Default: 2^-10, or four
         units of the scale of activations where that is less.
@@ -135,6 +139,7 @@ def prepare(
         _calibration(plan, calibration),
         frac_bits,
         max_error,
+        edges=_edges(plan),
     )
 
 
@@ -200,16 +205,39 @@ def _inputs(plan: Plan) -> list[tuple[str, Input]]:
 
 
 def _probes(plan: Plan, examples: Sequence[Tensor], calibration: Sequence[Tensor] | None) -> dict[str, Tensor]:
-    """Inputs on which scales are tried out: calibration data, or the example and values from all over the range."""
+    """Inputs on which scales are tried out: the whole example, and calibration data or values all over the range."""
     inputs = _inputs(plan)
-    if calibration is not None:
-        return _with_targets(plan, {op.label: x[: 4 * _PROBES] for (_, op), x in zip(inputs, calibration, strict=True)})
+    chosen = {op.label: x.double() for (_, op), x in zip(inputs, examples, strict=True)}
     generator = torch.Generator().manual_seed(0)
+    for i, (_, op) in enumerate(inputs):
+        shown = chosen[op.label]
+        if calibration is not None:
+            more = calibration[i][:_CALIBRATED_PROBES].double()
+        else:
+            spread = torch.rand((_PROBES, *shown.shape[1:]), generator=generator, dtype=torch.float64)
+            spread = op.low + spread * (op.high - op.low)
+            more = spread.round() if op.integers else spread
+        chosen[op.label] = torch.cat([shown, more])
+    return _with_targets(plan, chosen)
+
+
+def _edges(plan: Plan) -> dict[str, Tensor]:
+    """Blank inputs, all low, all high and zero; and faint ones, around zero and around a value above the middle."""
+    generator = torch.Generator().manual_seed(1)
     chosen = {}
-    for (_, op), x in zip(inputs, examples, strict=True):
-        spread = torch.rand((_PROBES, *x.shape[1:]), generator=generator, dtype=torch.float64)
-        spread = op.low + spread * (op.high - op.low)
-        chosen[op.label] = torch.cat([x[:_PROBES].double(), spread.round() if op.integers else spread])
+    for name, op in _inputs(plan):
+        shape = plan.node(name).type.at(1).dims
+        zero = min(max(0.0, op.low), op.high)
+        above = op.low + 0.6 * (op.high - op.low)
+        rows = [torch.full(shape, value, dtype=torch.float64) for value in (op.low, op.high, zero, zero, above)]
+        if op.integers:
+            rows[4].round_()
+        else:
+            for faint in rows[3:]:
+                deviation = min(_FAINT, (op.high - op.low) / 1024)
+                faint += deviation * torch.randn(shape, generator=generator, dtype=torch.float64)
+                faint.clamp_(op.low, op.high)
+        chosen[op.label] = torch.cat(rows)
     return _with_targets(plan, chosen)
 
 
