@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.export import ExportedProgram
 from tacit.bug import reported
 from tacit.capture import INTEGERS, Capture, Range
 from tacit.export import export
-from tacit.ir.errors import CompileError
+from tacit.ir.errors import CompileError, PrecisionWarning
 from tacit.ir.ops.model import CountCorrect
 from tacit.ir.ops.roles import Input
 from tacit.ir.plan import Plan
@@ -89,6 +90,8 @@ def compile(
         )
         draft = run_pipeline(draft, kept.plan)
     log.info("compiled %s: %d lines, %.2f s", draft.plan.name, len(draft.plan.nodes), time.perf_counter() - begin)
+    for told in draft.doubts:
+        warnings.warn(told, PrecisionWarning, stacklevel=2)
     kinds = [x.dtype for x in leaves(example_inputs) if x.is_floating_point()]
     return Secure(draft.plan, draft.weights, kinds[0] if kinds else torch.float32)
 

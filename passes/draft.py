@@ -36,6 +36,7 @@ class Draft:
     spared: Mapping[str, int] = field(default_factory=dict)  # by how many bits the weights of a line have fewer
     model: Draft | None = None  # below the model level: the draft that was written in fixed point
     edges: Values = field(default_factory=dict)  # as `probes`: blank and faint inputs
+    doubts: tuple[str, ...] = ()  # of what the caller has to be warned
     faithful: bool = False  # whether the edges are to be tried out bit for bit, with truncations as they are dealt
 
     def with_(self, plan: Plan, weights: Values | None = None, frac_bits: int | None = None) -> Draft:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from dataclasses import dataclass
 
 import torch
 
-from tacit.ir.errors import PrecisionWarning
 from tacit.ir.ops.model import ModelOp
 from tacit.ir.plan import Node
 from tacit.passes.draft import Draft, Values
 from tacit.passes.quantise import expand_to_fixed_point
 
 Tensor = torch.Tensor
-_OURS = ("tacit", "contextlib")
 
 
 @dataclass(frozen=True)
@@ -28,18 +24,9 @@ class _Grown:
     operands: tuple[Tensor, ...]
 
 
-def warn(draft: Draft, row: Values, missed: int, tried: int) -> None:
-    """Name the layer of the draft, which has its scale, at which the error of this probe grows most."""
-    found = _culprit(draft, row)
-    warnings.warn(_told(found, draft, missed, tried), PrecisionWarning, stacklevel=_callers_level())
-
-
-def _callers_level() -> int:
-    """How far up the stack the code is that called the compiler."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).split(".")[0] in _OURS:
-        frame, level = frame.f_back, level + 1
-    return level
+def doubt(draft: Draft, row: Values, missed: int, tried: int) -> str:
+    """What names the layer of the draft, which has its scale, at which the error of this probe grows most."""
+    return _told(_culprit(draft, row), draft, missed, tried)
 
 
 def _culprit(draft: Draft, row: Values) -> _Grown:

@@ -18,7 +18,7 @@ from tacit.ir.ops.model import Argmax, ModelOp
 from tacit.ir.plan import Node, Plan
 from tacit.passes.bound import bound_ranges
 from tacit.passes.draft import Draft, Values
-from tacit.passes.precision import warn
+from tacit.passes.precision import doubt
 from tacit.passes.quantise import MOST_FRAC_BITS, default_error, expand_to_fixed_point, fuse_truncation_into_relu
 
 Tensor = torch.Tensor
@@ -37,7 +37,7 @@ _KEPT = 16
 def choose_scale(draft: Draft) -> Draft:
     """Set `frac_bits` where the caller did not: the fewest with which all probes' answers are accurate enough.
 
-    Warns (PrecisionWarning) where the promise is not kept on some probe, however many bits there are.
+    Where the promise is not kept on some probe, however many bits there are, the draft says so.
     """
     if draft.frac_bits is not None:
         return draft
@@ -57,7 +57,8 @@ def choose_scale(draft: Draft) -> Draft:
     missed = _rows(left) + int((found > _PROMISED).sum())
     if missed:
         row = _row(draft, int(found.argmax())) if found.max() > _PROMISED else _row(replace(draft, edges=left), -1)
-        warn(_answering(_at(draft, frac)), row, missed, len(found) + _rows(left))
+        told = doubt(_answering(_at(draft, frac)), row, missed, len(found) + _rows(left))
+        draft = replace(draft, doubts=(*draft.doubts, told))
     return _at(draft, frac)
 
 

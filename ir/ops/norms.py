@@ -67,17 +67,17 @@ def sum_of_squares(b: FixedBuilder, x: str, axes: tuple[int, ...], frac: int) ->
 def normalised(b: FixedBuilder, x: str, axes: tuple[int, ...], count: float, eps: float) -> str:
     """x / sqrt(sum of squares / count + eps).
 
-    An eps below (4 units of x)^2 is taken as that, because x is known no better; and one of less than 4 units of the
-    sum, which has at most 26 fractional bits, is taken as those.
+    Where eps is less, a mean below (4 units of x)^2 is taken as that, because x is known no better, and so is a sum
+    below 4 units of its own: it has at most 26 fractional bits.
     """
     resolved = math.ceil(-math.log2(eps * count)) + _BELOW_EPS
     bits = max(min(b.frac, _LEAST_SUM_BITS), min(resolved, _MOST_SUM_BITS))
-    eps = max(eps, 2.0 ** (4 - 2 * b.frac), 2.0 ** (2 - bits) / count)
+    floor = max(count * 2.0 ** (4 - 2 * b.frac), 2.0 ** (2 - bits))
     squares = sum_of_squares(b, x, axes, bits)
     factor = b.function(
         "rsqrt_of_mean",
         squares,
-        (float(count), eps),
+        (float(count), eps, floor) if floor > eps * count else (float(count), eps),
         frac=max(b.frac, min(b.frac + _EXTRA_FACTOR, _MOST_BITS)),
         error=max(b.max_error / 2, min(b.max_error, _FACTOR_ERROR)),
         relative=True,
