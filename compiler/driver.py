@@ -6,16 +6,17 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 
+from tacit.arguments import CONSTANTS, Arguments, Slot, arguments_of, bind, slots_of, slots_of_program
 from tacit.bug import reported
 from tacit.capture import INTEGERS, Capture, Range
 from tacit.export import export
-from tacit.ir.errors import CompileError, PrecisionWarning
+from tacit.ir.errors import CompileError, InputError, PrecisionWarning
 from tacit.ir.ops.model import CountCorrect
 from tacit.ir.ops.roles import Input
 from tacit.ir.plan import Plan
@@ -25,7 +26,7 @@ from tacit.passes.quantise import MOST_FRAC_BITS
 from tacit.progress import log, waiting
 from tacit.runtime.reference import interpret
 from tacit.secure import Secure, check_input
-from tacit.structure import in_order, leaves
+from tacit.tensors import comparable, plain_tensor, unreadable
 
 Tensor = torch.Tensor
 Model = torch.nn.Module | ExportedProgram
@@ -49,12 +50,14 @@ def compile(
     frac_bits: int | None = None,
     max_error: float | None = None,
     name: str | None = None,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> Secure:
     """Compile a trained model into a protocol plan and the shares-to-be of its weights.
 
     model: a torch.nn.Module in evaluation mode, a torch.fx.GraphModule, or an ExportedProgram with a dynamic batch.
-    example_inputs: a float tensor or a tuple of the model's arguments, each a float tensor or a tuple, list or
-        dictionary of them; the first dimension of all is the batch. Indices of an embedding are integers.
+    example_inputs: a float tensor or a tuple of the model's arguments, each a float tensor or a tuple, list, dictionary
+        or dataclass of them; the first dimension of all is the batch. Indices of an embedding are integers. A
+        dictionary whose keys are names of forward's parameters holds its arguments by name; `({...},)` is one argument.
     reveal: what the client learns: "logits", "argmax", or "correct" (how many of a batch match secret targets).
     protocol: "fused" (three-round comparisons) or "securenn" (the textbook suite, a baseline).
     calibration: inputs on which value ranges are measured, with a margin of one bit; without them, ranges are proved.
@@ -67,6 +70,10 @@ def compile(
         that their operand can have; relative where the function is above 1. From 2^-20 to 2^-3. Default: 2^-10, or four
         units of the scale of activations where that is less.
     name: what the plan is called; default: the class of the model.
+    kwargs: arguments by name, beside those in example_inputs. None, numbers and texts among them are fixed in the plan.
+
+    The compiled model takes tensors by position and by name, as the model does, and returns what the model returns, in
+    containers of the same classes.
 
     Raises CompileError, which names the module, its source line and the remedy; and CompilerBug where the compiler
     itself fails.
@@ -85,6 +92,7 @@ def compile(
             example_inputs,
             calibration=calibration,
             input_range=input_range,
+            kwargs=kwargs,
             exported=kept.exported,
             **options,
         )
@@ -92,8 +100,7 @@ def compile(
     log.info("compiled %s: %d lines, %.2f s", draft.plan.name, len(draft.plan.nodes), time.perf_counter() - begin)
     for told in draft.doubts:
         warnings.warn(told, PrecisionWarning, stacklevel=2)
-    kinds = [x.dtype for x in leaves(example_inputs) if x.is_floating_point()]
-    return Secure(draft.plan, draft.weights, kinds[0] if kinds else torch.float32)
+    return Secure(draft.plan, draft.weights, answer=draft.answer)
 
 
 def prepare(
@@ -107,6 +114,7 @@ def prepare(
     frac_bits: int | None = None,
     max_error: float | None = None,
     name: str | None = None,
+    kwargs: Mapping[str, Any] | None = None,
     exported: Callable[[ExportedProgram], None] = lambda program: None,
 ) -> Draft:
     """What the passes start from: the captured model, with everything they need to know.
@@ -123,52 +131,69 @@ def prepare(
         raise CompileError(f"max_error has to be a number from 2^-20 to 2^-3, not {max_error!r}")
     if name is not None and not re.fullmatch(r"[\w.]+", name):
         raise CompileError(f"the name of a plan consists of letters, digits, '_' and '.', not {name!r}")
-    arguments = _arguments(example_inputs)
-    examples = _as_tuple(arguments, "example_inputs")
-    ranges = _ranges(input_range, examples)
-    program = export(model, arguments)
+    arguments = arguments_of(model, example_inputs, kwargs)
+    _require_tensors(arguments, "example_inputs")
+    program = export(model, arguments.args, arguments.kwargs)
     exported(program)
-    capture = Capture(program, ranges)
+    examples = _bound(slots_of_program(program), arguments, "example_inputs")
+    capture = Capture(program, _ranges(input_range, examples))
     plan = capture.run(name or _name_of(model), reveal)
     _require_fit(plan, examples, "example_inputs")
+    measured = None
     if calibration is not None:
-        calibration = _as_tuple(calibration, "calibration")
-        _require_fit(plan, calibration, "calibration")
+        given = arguments_of(model, calibration)
+        _require_tensors(given, "calibration")
+        measured = _bound([slot for slot in slots_of(plan) if slot.label in examples], given, "calibration")
+        _require_fit(plan, measured, "calibration")
     return Draft(
         plan.with_nodes(plan.nodes, protocol=protocol),
         capture.weights,
-        _probes(plan, examples, calibration),
+        _probes(plan, examples, measured),
         interpret,
-        _calibration(plan, calibration),
+        _calibration(plan, measured or {}),
         frac_bits,
         max_error,
         edges=_edges(plan),
+        answer=capture.answer,
     )
 
 
-def _arguments(examples: Any) -> tuple[Any, ...]:
-    """The arguments of the model's forward, one by one; each may be nested."""
-    several = isinstance(examples, (tuple, list))
-    return tuple(in_order(x) for x in examples) if several else (in_order(examples),)
-
-
-def _as_tuple(value: Any, what: str) -> tuple[Tensor, ...]:
-    items = leaves(value)
-    for x in items:
-        fit = isinstance(x, torch.Tensor) and len(x.shape) >= 2 and len(x) > 0
-        if not fit or not (x.is_floating_point() or x.dtype in INTEGERS):
+def _require_tensors(arguments: Arguments, what: str) -> None:
+    """Dense tensors with one batch in front; raises CompileError naming the argument."""
+    for arg in arguments.args:
+        if isinstance(arg, CONSTANTS):
+            raise CompileError(
+                f"{what} holds no tensor, but {type(arg).__name__}: to fix it in the plan give it by name, in a "
+                "dictionary of all arguments or in kwargs="
+            )
+    sizes = set()
+    for place, given in arguments.tensors():
+        if reason := unreadable(given):
+            raise CompileError(f"{what}: {place} {reason}")
+        x = comparable(plain_tensor(given))
+        if x.dim() < 2 or len(x) == 0 or not (x.is_floating_point() or x.dtype in INTEGERS):
             raise CompileError(
                 f"{what} has to be a float tensor (or indices of an embedding), or a tuple of them, with the batch as "
                 "first dimension"
             )
         if not bool(torch.isfinite(x).all()):
             raise CompileError(f"{what} holds NaN or infinity")
-    if not items or len({len(x) for x in items}) != 1:
+        sizes.add(len(x))
+    if len(sizes) != 1:
         raise CompileError(f"{what} is empty, or its tensors differ in batch size")
-    return tuple(x.detach() for x in items)
 
 
-def _ranges(given: Range | Sequence[Range] | None, examples: Sequence[Tensor]) -> list[Range]:
+def _bound(slots: Sequence[Slot], arguments: Arguments, what: str) -> dict[str, Tensor]:
+    """The tensors by the labels of the inputs, in the order of the plan."""
+    try:
+        found = bind(slots, arguments.args, arguments.inputs())
+    except InputError as error:
+        raise CompileError(f"{what}: {error}") from None
+    return {label: comparable(plain_tensor(x)) for label, x in found.items()}
+
+
+def _ranges(given: Range | Sequence[Range] | None, by_label: Mapping[str, Tensor]) -> list[Range]:
+    examples = list(by_label.values())
     if given is None:
         reach = [max(_LEAST_REACH, 2 * float(x.abs().max())) for x in examples]  # of indices, the embedding tells it
         powers = [2.0 ** math.ceil(math.log2(r)) for r in reach]
@@ -192,11 +217,9 @@ def _ranges(given: Range | Sequence[Range] | None, examples: Sequence[Tensor]) -
     return out
 
 
-def _require_fit(plan: Plan, values: Sequence[Tensor], what: str) -> None:
-    if len(values) != len(_inputs(plan)):
-        raise CompileError(f"{what} holds {len(values)} tensors, the model takes {len(_inputs(plan))} inputs")
-    for (name, _), x in zip(_inputs(plan), values, strict=True):
-        declared = plan.node(name).type
+def _require_fit(plan: Plan, values: Mapping[str, Tensor], what: str) -> None:
+    for name, op in _inputs(plan):
+        declared, x = plan.node(name).type, values[op.label]
         if tuple(x.shape) != declared.at(len(x)).dims:
             raise CompileError(f"{what} has shape {tuple(x.shape)} where the model takes {declared}")
 
@@ -207,15 +230,14 @@ def _inputs(plan: Plan) -> list[tuple[str, Input]]:
     return [(name, op) for name, op in inputs if name not in targets]
 
 
-def _probes(plan: Plan, examples: Sequence[Tensor], calibration: Sequence[Tensor] | None) -> dict[str, Tensor]:
+def _probes(plan: Plan, examples: Mapping[str, Tensor], calibration: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """Inputs on which scales are tried out: the whole example, and calibration data or values all over the range."""
-    inputs = _inputs(plan)
-    chosen = {op.label: x.double() for (_, op), x in zip(inputs, examples, strict=True)}
     generator = torch.Generator().manual_seed(0)
-    for i, (_, op) in enumerate(inputs):
-        shown = chosen[op.label]
+    chosen = {}
+    for _, op in _inputs(plan):
+        shown = examples[op.label].double()
         if calibration is not None:
-            more = calibration[i][:_CALIBRATED_PROBES].double()
+            more = calibration[op.label][:_CALIBRATED_PROBES].double()
         else:
             spread = torch.rand((_PROBES, *shown.shape[1:]), generator=generator, dtype=torch.float64)
             spread = op.low + spread * (op.high - op.low)
@@ -244,12 +266,10 @@ def _edges(plan: Plan) -> dict[str, Tensor]:
     return _with_targets(plan, chosen)
 
 
-def _calibration(plan: Plan, given: Sequence[Tensor] | None) -> dict[str, Tensor]:
-    if given is None:
+def _calibration(plan: Plan, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if not given:
         return {}
-    return _with_targets(
-        plan, {op.label: check_input(plan.node(name), x) for (name, op), x in zip(_inputs(plan), given, strict=True)}
-    )
+    return _with_targets(plan, {op.label: check_input(plan.node(n), given[op.label]) for n, op in _inputs(plan)})
 
 
 def _with_targets(plan: Plan, values: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -135,6 +135,11 @@ class Graph(Builder):
         assert self.node is not None
         return all(f".{operator}." in str(user.target) for user in self.node.users)
 
+    def uses(self, index: int) -> bool:
+        """Whether this one of several results of the graph node under way is read."""
+        assert self.node is not None
+        return any(user.args[1] == index and user.users for user in self.node.users)
+
     @contextmanager
     def as_target(self, target: str) -> Iterator[None]:
         """While a layer is written by means of another one's operator."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from tacit.ir.plan import Node, Plan
+from tacit.ir.tree import Tree
 
 Tensor = torch.Tensor
 Values = Mapping[str, Tensor]
@@ -34,6 +35,7 @@ class Draft:
     frac_bits: int | None = None  # fractional bits of activations; None: to be chosen
     max_error: float | None = None  # of the polynomials that stand for functions such as sigmoid; None: by the scale
     spared: Mapping[str, int] = field(default_factory=dict)  # by how many bits the weights of a line have fewer
+    answer: Tree = None  # the structure of the results in the model's own classes; None for a lone tensor
     model: Draft | None = None  # below the model level: the draft that was written in fixed point
     edges: Values = field(default_factory=dict)  # as `probes`: blank and faint inputs
     doubts: tuple[str, ...] = ()  # of what the caller has to be warned

@@ -55,7 +55,8 @@ class Sharing(Subprotocol):
 class Input(Op):
     """What the client brings: real numbers in [low, high], encoded with `frac` fractional bits and shared.
 
-    `integers` says that they are whole numbers, such as the targets of a count: the scale is then 0.
+    `integers` says that they are whole numbers, such as the targets of a count: the scale is then 0. `by_name`: the
+    model takes it as a keyword argument alone, or behind one that was left out.
     """
 
     name = "input"
@@ -69,6 +70,7 @@ class Input(Op):
     high: float
     owner: str = "client"
     integers: bool = False
+    by_name: bool = False
 
     def infer(self, declared: Type) -> Type:
         expect(self.owner == ROLES[CLIENT], f"an input is the client's, not {self.owner}'s")
@@ -91,7 +93,8 @@ class Input(Op):
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
-        return (Sample(cls("x", -4.0, 4.0), (Type("secret", (Batch(), 7), 12, 16),)),)
+        x = Type("secret", (Batch(), 7), 12, 16)
+        return Sample(cls("x", -4.0, 4.0), (x,)), Sample(cls("mask", -4.0, 4.0, by_name=True), (x,))
 
     @classmethod
     def misfits(cls) -> tuple[Sample, ...]:
