@@ -182,7 +182,15 @@ def fit(
         coarse, fine = (_outward(ends[i], up, bits) for bits in (1, 2))
         before, after = (float(np.abs(function(np.array([float(v)])))[0]) for v in (ends[i], coarse))
         ends[i] = coarse if after <= 2.01 * max(before, 1.0) else fine
-    return _fit(name, parameters, ends[0], max(ends[1], ends[0] + 1), frac, error, relative)
+    ends[1] = max(ends[1], ends[0] + 1)
+    found = _fit(name, parameters, ends[0], ends[1], frac, error, relative)
+    if found is None:
+        begin, end = (float(x) / 2.0**frac for x in ends)
+        raise CompileError(
+            f"{name} cannot be approximated to {error:.2g} in [{begin:.4g}, {end:.4g}] by "
+            f"{_MOST_KNOTS} segments: give a larger max_error, a narrower input_range, or calibration data"
+        )
+    return found
 
 
 def _outward(value: int, up: bool, bits: int) -> int:
@@ -205,7 +213,8 @@ def _on_integers(name: str, parameters: tuple[float, ...], frac: int) -> Functio
 @lru_cache(maxsize=4096)
 def _fit(
     name: str, parameters: tuple[float, ...], low: int, high: int, frac: int, error: float, relative: bool
-) -> Spline:
+) -> Spline | None:
+    """None where no degree reaches the error, which takes long to find out, too."""
     function = _on_integers(name, parameters, frac)
     largest = float(np.abs(function(low + (high - low) * (_GRIDS[0] + 1) / 2)).max())
     if not math.isfinite(largest):
@@ -225,11 +234,6 @@ def _fit(
             fewest = fewest or len(found.knots)
             if best is None or found.bytes_of_element(window) < best.bytes_of_element(window):
                 best = found
-    if best is None:
-        raise CompileError(
-            f"{name} cannot be approximated to {error:.2g} in [{low / 2.0**frac:.4g}, {high / 2.0**frac:.4g}] by "
-            f"{_MOST_KNOTS} segments: give a larger max_error, a narrower input_range, or calibration data"
-        )
     return best
 
 

@@ -12,16 +12,39 @@ from tacit.passes.draft import Draft, Values
 from tacit.passes.quantise import expand_to_fixed_point
 
 Tensor = torch.Tensor
+# A result that is off by this part of its largest value may have jumped; and an error grown so many times is noted.
+_STEP, _AMPLIFIED = 2.0**-7, 4.0
 
 
 @dataclass(frozen=True)
 class _Grown:
-    """A layer, the largest error of its operands and of its result, each relative to the largest value, on one row."""
+    """A layer with its operands on one row, and how far they and its result are off, relative to the largest value.
+
+    slack: the largest error of the first operand, absolute.
+    """
 
     node: Node
     before: float
     after: float
+    slack: float
     operands: tuple[Tensor, ...]
+
+    @property
+    def factor(self) -> float:
+        return min(self.after, 1.0) / self.before
+
+    @property
+    def jumped(self) -> bool:
+        """Whether the result is on the other side of a step than it should be."""
+        op = self.node.op
+        if not isinstance(op, ModelOp) or not op.jumps() or self.after < _STEP:
+            return False
+        return float(op.margin(*self.operands).double().min()) <= 2 * self.slack
+
+    @property
+    def amplified(self) -> bool:
+        op = self.node.op
+        return isinstance(op, ModelOp) and op.amplifies() and self.factor > _AMPLIFIED
 
 
 def doubt(draft: Draft, row: Values, missed: int, tried: int) -> str:
@@ -30,7 +53,8 @@ def doubt(draft: Draft, row: Values, missed: int, tried: int) -> str:
 
 
 def _culprit(draft: Draft, row: Values) -> _Grown:
-    """The layer whose result is off by the largest multiple of what its operands are off by."""
+    """The first layer that jumped; else the one whose result is off by the largest multiple of what its operands are,
+    one that divides by data before others."""
     real: dict[str, Tensor] = {}
     draft.estimate(row, lambda node, value: real.update({node.name: value.double()}), faithful=True)
     fixed = expand_to_fixed_point(draft)
@@ -40,19 +64,31 @@ def _culprit(draft: Draft, row: Values) -> _Grown:
         layer = draft.plan.by_name.get(node.origin or node.name)
         if layer is None or real[layer.name].numel() != value.numel():
             return  # a step on the way to the layer's result
-        exact = real[layer.name].reshape(-1)
-        size = float(exact.abs().nan_to_num().max())
-        error = float((value.reshape(-1) / 2.0**node.type.frac - exact).abs().nan_to_num().max())
-        errors[layer.name] = error / max(size, 2.0**-20)
+        found = value.reshape(-1) / 2.0**node.type.frac
+        errors[layer.name] = float((found - real[layer.name].reshape(-1)).abs().nan_to_num().max())
 
     fixed.estimate(row, visit, faithful=True)
     unit = 2.0 ** -(draft.frac_bits or 0)
-    grown = []
-    for node in draft.plan.nodes:
-        if node.args and isinstance(node.op, ModelOp) and node.name in errors:
-            before = max(*(errors.get(arg, 0.0) for arg in node.args), unit)
-            grown.append(_Grown(node, before, errors[node.name], tuple(real[arg] for arg in node.args)))
-    return max(grown, key=lambda g: min(g.after, 1.0) / g.before)
+
+    def relative(name: str) -> float:
+        return errors.get(name, 0.0) / max(float(real[name].abs().nan_to_num().max()), 2.0**-20)
+
+    grown = [
+        _Grown(
+            node,
+            max(*(relative(arg) for arg in node.args), unit),
+            relative(node.name),
+            errors.get(node.args[0], unit),
+            tuple(real[arg] for arg in node.args),
+        )
+        for node in draft.plan.nodes
+        if node.args and isinstance(node.op, ModelOp) and node.name in errors
+    ]
+    jumped = [one for one in grown if one.jumped]
+    if jumped:
+        return jumped[0]
+    amplified = [one for one in grown if one.amplified]
+    return max(amplified or grown, key=lambda one: one.factor)
 
 
 def _told(found: _Grown, draft: Draft, missed: int, tried: int) -> str:

@@ -54,6 +54,8 @@ def choose_scale(draft: Draft) -> Draft:
     if not jumps and draft.max_error is None:  # what edges ask for is finer rounding, not finer polynomials
         draft = replace(draft, max_error=default_error(least))
     frac, found = _tried(draft, least)
+    if draft.faithful:
+        found = misses(_at(draft, frac), approximated=True)
     missed = _rows(left) + int((found > _PROMISED).sum())
     if missed:
         row = _row(draft, int(found.argmax())) if found.max() > _PROMISED else _row(replace(draft, edges=left), -1)
@@ -63,9 +65,11 @@ def choose_scale(draft: Draft) -> Draft:
 
 
 def _tried(draft: Draft, least: int) -> tuple[int, Tensor]:
-    """From so many bits on: the first with which no probe misses by much, of those with which all values fit the ring.
-    And by how much the probes miss then."""
-    frac, found = least, misses(_at(draft, least))
+    """From so many bits on: the first with which no probe misses by much, of those with which all values fit the ring;
+    and by how much the probes miss then. Less than so many bits, down to those of the trial, where none else fit."""
+    fitting = (bits for bits in range(least, _TRIAL_FRAC - 1, -1) if _fits(_at(draft, bits)))
+    frac = next(fitting, least)
+    found = misses(_at(draft, frac))
     while found.max() > _CLOSE and frac < MOST_FRAC_BITS:
         more = min(frac + (2 if found.max() > 2 * _CLOSE else 1), MOST_FRAC_BITS)
         while more > frac and not _fits(_at(draft, more)):
@@ -85,10 +89,15 @@ def _fits(draft: Draft) -> bool:
     return True
 
 
-def misses(draft: Draft) -> Tensor:
-    """For a draft of the model level with its scale: each probe's error, in units of what is wanted; edges last."""
+def misses(draft: Draft, *, approximated: bool = False) -> Tensor:
+    """For a draft of the model level with its scale: each probe's error, in units of what is wanted; edges last.
+
+    approximated: with the polynomials that stand for functions, where ranges can be found for them.
+    """
     real = _answering(draft)
     fixed = expand_to_fixed_point(real)
+    if approximated and _fits(real):
+        fixed = bound_ranges(fixed)
     unit = 2.0 ** -fixed.plan.node(fixed.plan.result).type.frac
     errors, sizes = [], []
     for values, faithful in ((draft.probes, False), (draft.edges, draft.faithful)):

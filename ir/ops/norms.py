@@ -31,12 +31,14 @@ _MOST_BITS = 18
 # Fractional bits of a sum of squares, less those of their number, that fit the ring beside values of 2^8; but as many
 # bits of what is squared are kept in any case.
 _MOST_SQUARED_BITS, _LEAST_FACTOR_BITS = 46, 16
-# Fractional bits of sums of squares that are left: the polynomials of a root reach over 36 bits or so.
+# Fractional bits of sums of squares that are left, and the least mean of squares that is told from less: the
+# polynomials of a root reach over 36 bits or so.
+_LEAST_MEAN = 2.0**-22
 _LEAST_SUM_BITS, _MOST_SUM_BITS = 12, 26
 # To what the factor is approximated at least, unless less is asked for: alike for all elements, it scales the result.
-_FACTOR_ERROR = 2.0**-12
+_FACTOR_ERROR = 2.0**-11
 # How far below eps the sum of squares is still resolved.
-_BELOW_EPS = 10
+_BELOW_EPS = 8
 # Fractional bits of count x: values of 2^18 and more still fit the ring beside them.
 _MOST_FINE_BITS = 44
 
@@ -67,12 +69,12 @@ def sum_of_squares(b: FixedBuilder, x: str, axes: tuple[int, ...], frac: int) ->
 def normalised(b: FixedBuilder, x: str, axes: tuple[int, ...], count: float, eps: float) -> str:
     """x / sqrt(sum of squares / count + eps).
 
-    Where eps is less, a mean below (4 units of x)^2 is taken as that, because x is known no better, and so is a sum
-    below 4 units of its own: it has at most 26 fractional bits.
+    Where eps is less, a mean below (4 units of x)^2 is taken as that, because x is known no better; below 2^-22 it is
+    taken as that in any case.
     """
-    resolved = math.ceil(-math.log2(eps * count)) + _BELOW_EPS
+    floor = count * max(2.0 ** (4 - 2 * b.frac), _LEAST_MEAN)
+    resolved = math.ceil(-math.log2(max(eps * count, floor))) + _BELOW_EPS
     bits = max(min(b.frac, _LEAST_SUM_BITS), min(resolved, _MOST_SUM_BITS))
-    floor = max(count * 2.0 ** (4 - 2 * b.frac), 2.0 ** (2 - bits))
     squares = sum_of_squares(b, x, axes, bits)
     factor = b.function(
         "rsqrt_of_mean",
