@@ -23,7 +23,8 @@ from tacit.diff import diff as compare_layers
 from tacit.diff import text as diff_text
 from tacit.driver import compile as compile_model
 from tacit.ir.ops.roles import Input
-from tacit.secure import PLAN_FILE, WEIGHTS_FILE, Secure
+from tacit.saved import PLAN_FILE, WEIGHTS_FILE
+from tacit.secure import Secure
 
 Tensor = torch.Tensor
 Model = torch.nn.Module | ExportedProgram

@@ -63,7 +63,7 @@ def init_command(
     """Write a deployment for trying out: a private authority and one certificate for each member."""
     from tacit.runtime.net.certificates import init_deployment
     from tacit.runtime.net.deployment import parse_place
-    from tacit.secure import PLAN_FILE, read_plan
+    from tacit.saved import read_plan
 
     with clear_errors():
         places = [parse_place(text) for text in address or ["127.0.0.1:7600", "127.0.0.1:7601", "127.0.0.1:7602"]]
@@ -72,7 +72,7 @@ def init_command(
         ports = [("127.0.0.1", metrics_port + i) if metrics_port else None for i in range(3)]
         digest = ""
         if plan is not None:
-            digest = read_plan(plan / PLAN_FILE if plan.is_dir() else plan).digest
+            digest = read_plan(plan).digest
         made = init_deployment(folder, places, metrics=ports, clients=clients, network=network, plan=digest)
     for member in made.members:
         where = f"{member.address[0]}:{member.address[1]}" if member.address else ""
@@ -135,10 +135,10 @@ def predict_command(
 ) -> None:
     """Send shares of an input, and put the shares of the answer together."""
     from tacit.remote import connect
-    from tacit.secure import PLAN_FILE, read_plan
+    from tacit.saved import read_plan
 
     with clear_errors():
-        pinned = None if plan is None else read_plan(plan / PLAN_FILE if plan.is_dir() else plan)
+        pinned = None if plan is None else read_plan(plan)
         arrays = [read_array(path) for path in inputs]
         with connect(deployment, identity, plan=pinned) as remote, waiting("encrypted inference"):
             answer = remote.predict(*arrays, timeout=timeout)

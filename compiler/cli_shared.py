@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,9 +14,9 @@ import torch
 import typer
 
 from tacit.diff import aligned
-from tacit.ir.errors import PlanError, TacitError
-from tacit.ir.plan import Plan, PlanCost
-from tacit.secure import PLAN_FILE
+from tacit.ir.errors import TacitError
+from tacit.ir.files import write_whole
+from tacit.ir.plan import PlanCost
 from tacit.structure import named_leaves
 
 PlanPath = Annotated[Path, typer.Argument(metavar="PLAN", help="The folder of a compiled model, or its plan.txt.")]
@@ -60,11 +61,12 @@ def read_array(path: Path) -> torch.Tensor:
 def save_answer(path: Path, answer: Any) -> None:
     """A tensor as .npy, a structure of tensors as .npz with an array for each, named after its place."""
     arrays = {name: value.numpy() for name, value in named_leaves(answer).items()}
-    with path.open("wb") as out:
-        if list(arrays) == [""]:
-            np.save(out, arrays[""], allow_pickle=False)
-        else:
-            np.savez(out, **arrays)
+    out = io.BytesIO()
+    if list(arrays) == [""]:
+        np.save(out, arrays[""], allow_pickle=False)
+    else:
+        np.savez(out, **arrays)
+    write_whole(path, out.getvalue())
 
 
 def answer_text(answer: Any) -> str:
@@ -96,15 +98,6 @@ def totals_text(totals: Mapping[str, Any]) -> str:
         f"bytes     {totals['online_bytes']:,} online, {totals['offline_bytes']:,} offline "
         f"for a batch of {totals['batch']}; {totals['session_bytes']:,} once per session"
     )
-
-
-def read_plan_file(path: Path) -> Plan:
-    """The plan in a folder of `tacit compile`, or in a file."""
-    path = path / PLAN_FILE if path.is_dir() else path
-    try:
-        return Plan.parse(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise PlanError(f"{path} is not a text file") from None
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: range) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import numpy as np
 from tacit.bench import Measured, bench
 from tacit.diff import Diff
 from tacit.ir.errors import InputError
+from tacit.ir.files import write_whole
 from tacit.ir.view.page import time_text
 from tacit.progress import track
 
@@ -40,7 +42,9 @@ def require_matplotlib(file: Path | None = None) -> Any:
 
 def _save(figure: Any, file: Path) -> None:
     require_matplotlib(file)
-    figure.savefig(file, dpi=160)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=file.suffix[1:].lower(), dpi=160)
+    write_whole(file, drawn.getvalue())
 
 
 def _style(axes: Any, title: str, x: str, y: str) -> None:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from tacit.ir.errors import InputError, PlanError, WeightsError
+from tacit.ir.errors import InputError, WeightsError
+from tacit.ir.files import require_place
 from tacit.ir.ops.outputs import Pack
 from tacit.ir.ops.roles import Input, Weight
 from tacit.ir.plan import Node, Plan
@@ -26,11 +27,11 @@ from tacit.runtime.forks import in_child
 from tacit.runtime.overflow import interpret_checked
 from tacit.runtime.reference import compare, interpret
 from tacit.runtime.session import Run, Session, Trace
+from tacit.saved import PLAN_FILE, WEIGHTS_FILE, metadata, read_model, save_model
 from tacit.structure import leaves
 from tacit.trace import traced
 
 Tensor = torch.Tensor
-PLAN_FILE, WEIGHTS_FILE = "plan.txt", "weights.safetensors"
 _DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64)}
 
 
@@ -127,6 +128,7 @@ class Secure:
         *arguments, file = inputs
         if not isinstance(file, (str, os.PathLike)):
             raise InputError("the last argument of trace is the name of the file to write")
+        require_place(file)
         encoded = self._encoded(tuple(arguments))
         session = self.session()
         with waiting("encrypted inference, traced"):
@@ -157,22 +159,14 @@ class Secure:
         return self._weights
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write plan.txt, which is public, and weights.safetensors, the owner's alone (mode 0600)."""
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        (target / PLAN_FILE).write_text(str(self.plan))
+        """Write plan.txt, which is public, and weights.safetensors, the owner's alone (mode 0600).
+
+        Both or none: if that fails, a model that was there before is still there. Raises OSError, which names the file.
+        """
         with waiting("writing the weights"):
-            metadata = {"plan": self.plan.digest, "sha256": _fingerprint(self._weights), "dtype": str(self._dtype)}
-            content = save_tensors({k: v.contiguous() for k, v in self._weights.items()}, metadata)
-            _write_private(target / WEIGHTS_FILE, content)
-
-
-def read_plan(path: Path) -> Plan:
-    """The plan in a file; raises PlanError."""
-    try:
-        return Plan.parse(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise PlanError(f"{path.name} is not a plan: it is not even text") from None
+            told = {"plan": self.plan.digest, "sha256": _fingerprint(self._weights), "dtype": str(self._dtype)}
+            content = save_tensors({k: v.contiguous() for k, v in self._weights.items()}, told)
+            save_model(Path(folder), str(self.plan), content)
 
 
 def load(folder: str | os.PathLike[str]) -> Secure:
@@ -182,24 +176,23 @@ def load(folder: str | os.PathLike[str]) -> Secure:
 
 
 def _loaded(source: Path) -> Secure:
-    plan = read_plan(source / PLAN_FILE)
+    plan, content = read_model(source)
     path = source / WEIGHTS_FILE
     try:
-        weights = load_tensors(path.read_bytes())
-        with safe_open(path, framework="pt") as opened:
-            metadata = opened.metadata() or {}
+        weights = load_tensors(content)
     except SafetensorError as error:
         raise WeightsError(f"{path.name} is not a readable safetensors file: {error}") from None
-    if metadata.get("plan") != plan.digest:
+    told = metadata(content)
+    if told.get("plan") != plan.digest:
         raise WeightsError(f"{path.name} belongs to another plan than {PLAN_FILE}: the digests differ")
-    if metadata.get("sha256") != _fingerprint(weights):
+    if told.get("sha256") != _fingerprint(weights):
         raise WeightsError(f"{path.name} was changed after it was written: its fingerprint does not match")
     expected = {n.op.label: (n.type.dims, n.type.dtype) for n in plan.find(Weight)}  # type: ignore[attr-defined]
     found = {label: (tuple(value.shape), value.dtype) for label, value in weights.items()}
     if expected != found:
         names = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
         raise WeightsError(f"{path.name} does not hold the weights of the plan: {', '.join(names)}")
-    dtype = _DTYPES.get(metadata.get("dtype", ""))
+    dtype = _DTYPES.get(told.get("dtype", ""))
     if dtype is None:
         raise WeightsError(f"{path.name} names no type for the answer: {' or '.join(_DTYPES)}")
     return Secure(plan, weights, dtype)
@@ -277,12 +270,3 @@ def _fingerprint(weights: Mapping[str, Tensor]) -> str:
         digest.update(f"{label} {tuple(value.shape)} {value.dtype}\n".encode())
         digest.update(value.view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _write_private(path: Path, content: bytes) -> None:
-    """Replace the file in one step; nobody but the owner can read it at any moment."""
-    temporary = path.with_name(path.name + ".new")
-    temporary.unlink(missing_ok=True)
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
-        out.write(content)
-    os.replace(temporary, path)
