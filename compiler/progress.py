@@ -7,8 +7,8 @@ import os
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sized
-from contextlib import contextmanager
-from typing import TypeVar
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -53,7 +53,7 @@ def track(items: Iterable[T], label: str, *, total: int | None = None) -> Iterat
 @contextmanager
 def _display(*columns: ProgressColumn) -> Iterator[Progress | None]:
     """What is shown from a second on; None where nobody would see it, or something else is shown already."""
-    if not sys.stderr.isatty() or not _showing.acquire(blocking=False):
+    if not _is_terminal(sys.stderr) or not _showing.acquire(blocking=False):
         yield None
         return
     # What is printed meanwhile goes above the display, unless it goes into a file: there it has to stay.
@@ -62,14 +62,15 @@ def _display(*columns: ProgressColumn) -> Iterator[Progress | None]:
         console=Console(stderr=True),
         transient=True,
         refresh_per_second=5,
-        redirect_stdout=sys.stdout.isatty(),
+        redirect_stdout=_is_terminal(sys.stdout),
     )
     turn, over = threading.Lock(), threading.Event()
 
     def appear() -> None:
         with turn:
             if not over.is_set():
-                shown.start()
+                with suppress(Exception):
+                    shown.start()
 
     timer = threading.Timer(_PATIENCE, appear)
     timer.daemon = True
@@ -80,8 +81,28 @@ def _display(*columns: ProgressColumn) -> Iterator[Progress | None]:
         timer.cancel()
         with turn:
             over.set()
-            shown.stop()
+            with suppress(Exception):  # a terminal that has gone away spoils no result
+                shown.stop()
         _showing.release()
+
+
+def _is_terminal(stream: Any) -> bool:
+    """Whatever an application has put in its place: nothing, a closed file, an object that can only be written to."""
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, OSError, ValueError):
+        return False
+
+
+class _ToStderr(logging.StreamHandler[Any]):
+    """To what stderr is at that moment; a record that cannot be written there is dropped, and nothing fails for it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
 
 
 def configure_log() -> None:
@@ -90,7 +111,7 @@ def configure_log() -> None:
     level = os.environ.get("TACIT_LOG", "").upper()
     if not level:
         return
-    handler = logging.StreamHandler()
+    handler = _ToStderr()
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     log.addHandler(handler)
     known = level in ("DEBUG", "INFO", "WARNING", "ERROR")

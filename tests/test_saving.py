@@ -105,7 +105,7 @@ def interrupted() -> None:
 def test_a_save_that_is_stopped_leaves_one_model(
     models: dict[str, tacit.Secure], tmp_path: Path, how: Callable[[], None], old: str | None, new: str
 ) -> None:
-    """At every operation: what was there can be loaded, or what was to come; and then saved over, and read as a plan."""
+    """At every operation: what was there can be loaded, or what was to come; read as a plan; and saved over."""
     outcomes, at = set(), 0
     while True:
         at += 1
@@ -139,9 +139,9 @@ def test_a_folder_that_cannot_be_written_to_is_still_read(models: dict[str, taci
     models["small"].save(tmp_path)
     for at in range(1, 30):
         stopped(at, killed, tmp_path, lambda: models["large"].save(tmp_path))
-        if (tmp_path / f"{PLAN_FILE}.new").exists() and not (tmp_path / f"{WEIGHTS_FILE}.new").exists():
-            if saved._plan_named_in(tmp_path / WEIGHTS_FILE) == models["large"].plan.digest:
-                break
+        if saved._plan_named_in(tmp_path / WEIGHTS_FILE) == models["large"].plan.digest:
+            break
+    assert (tmp_path / f"{PLAN_FILE}.new").exists()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(saved.os, "replace", _not_permitted)
         assert same(tacit.load(tmp_path), models["large"])
@@ -282,7 +282,7 @@ def test_places_that_cannot_be_written_to(models: dict[str, tacit.Secure], tmp_p
         with pytest.raises(IsADirectoryError, match=name):
             models["small"].save(place)
         assert names(place) == [name]
-    with pytest.raises(FileNotFoundError, match="trace.json"):
+    with pytest.raises(FileNotFoundError, match="trace"):
         models["small"].trace(X, tmp_path / "none" / "trace.json")
     assert models["small"].last_run is None
 
