@@ -22,6 +22,7 @@ from tacit.passes import Draft, run_pipeline
 from tacit.passes.lower import SUITES
 from tacit.passes.quantise import MOST_FRAC_BITS
 from tacit.progress import log, waiting
+from tacit.runtime.leaving import stops_at_exit
 from tacit.runtime.reference import interpret
 from tacit.secure import Secure, check_input
 from tacit.structure import in_order, leaves
@@ -34,6 +35,7 @@ _PROBES = 16
 _LEAST_REACH, _MOST_REACH = 4.0, 2.0**40
 
 
+@stops_at_exit
 def compile(
     model: Model,
     example_inputs: Any,

@@ -24,6 +24,7 @@ from tacit.runtime import ring
 from tacit.runtime.channel import LinkModel
 from tacit.runtime.cores import on_one_core, survive_forks
 from tacit.runtime.forks import in_child
+from tacit.runtime.leaving import each, stops_at_exit
 from tacit.runtime.overflow import interpret_checked
 from tacit.runtime.reference import compare, interpret
 from tacit.runtime.session import Run, Session, Trace
@@ -68,11 +69,13 @@ class Secure:
     def __setstate__(self, state: dict[str, Any]) -> None:
         Secure.__init__(self, state["plan"], state["weights"], state["dtype"])
 
+    @stops_at_exit
     def __call__(self, *inputs: Any) -> Any:
         """Encrypted inference; raises InputError before anything is shared if an input does not fit."""
         answer, _ = self._run(inputs, trace=False)
         return answer
 
+    @stops_at_exit
     def reference(self, *inputs: Any, check: bool = False) -> Any:
         """The clear oracle: the same fixed-point arithmetic without cryptography, truncations rounded to nearest.
 
@@ -84,6 +87,7 @@ class Secure:
             values = run(self.plan, self._weights, check_inputs(self.plan, inputs))
         return self._decoded(values[self.plan.result])
 
+    @stops_at_exit
     def check(self, *inputs: Any) -> Any:
         """A secure run compared with the oracle under the same public truncation offsets, bit for bit at every line.
 
@@ -114,11 +118,16 @@ class Secure:
         Raises InputError at the first item that does not fit, before anything of it is shared.
         """
         count = len(batches) if isinstance(batches, Sized) else None
+        answers = self._answers(batches)
+        yield from track(each(answers), "encrypted inference", total=count)
+
+    def _answers(self, batches: Iterable[Any]) -> Iterator[Any]:
         encoded = (self._encoded(item if isinstance(item, tuple) else (item,)) for item in batches)
-        for answer, run in track(self.session().stream(encoded), "encrypted inference", total=count):
+        for answer, run in self.session().stream(encoded):
             self.last_run = run
             yield self._decoded(answer)
 
+    @stops_at_exit
     def trace(self, *inputs: Any) -> Any:
         """As a call, with a file name last: writes what each party did when, for chrome://tracing or ui.perfetto.dev.
 
@@ -135,6 +144,7 @@ class Secure:
             answer, self.last_run = traced(session, encoded, file)
         return self._decoded(answer)
 
+    @stops_at_exit
     def session(self, link: LinkModel | None = None) -> Session:
         """The session of this model in this process, opened at first use; `link` emulates a network, and opens a new
         one. Calls of all threads run in it side by side; a forked process opens its own."""
@@ -158,6 +168,7 @@ class Secure:
         """The owner's weights as ring integers, by label: the secret of this object."""
         return self._weights
 
+    @stops_at_exit
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write plan.txt, which is public, and weights.safetensors, the owner's alone (mode 0600).
 
@@ -169,6 +180,7 @@ class Secure:
             save_model(Path(folder), str(self.plan), content)
 
 
+@stops_at_exit
 def load(folder: str | os.PathLike[str]) -> Secure:
     """What `Secure.save` wrote; raises PlanError or WeightsError where a file was changed or does not belong."""
     with waiting("reading the weights"):
