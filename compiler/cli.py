@@ -33,6 +33,9 @@ def main() -> None:
         if end.code in (INTERRUPTED, TERMINATED):
             _leave(end.code)
         raise
+    except OSError as error:  # stdout cannot be written to, and would not be when the interpreter ends, either
+        typer.echo(f"tacit: {error}", err=True)
+        _leave(1)
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

@@ -14,7 +14,6 @@ from typer.core import TyperGroup
 from tacit.cli_net import bench_processes
 from tacit.cli_shared import MOST_BATCH, AsJson, clear_errors, table
 from tacit.ir.errors import shortened
-from tacit.ir.files import require_place
 from tacit.peers import INTERPRETERS
 
 
@@ -72,7 +71,6 @@ def bench_command(
             from tacit.plots import plot_bench, require_matplotlib, sweep
 
             require_matplotlib(plot)
-            require_place(plot)
             plot_bench(sweep(model, most=batch, protocol=protocol, reveal=reveal, runs=runs), plot)
         typer.echo(f"written   {plot}")
         return
@@ -115,7 +113,6 @@ def bench_peers_command(
             from tacit.plots import plot_peers, require_matplotlib
 
             require_matplotlib(plot)
-            require_place(plot)
         rows = compare(
             [name.strip() for name in models.split(",")],
             batches=batches,

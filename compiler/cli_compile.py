@@ -18,7 +18,7 @@ from tacit.diff import diff as compare_layers
 from tacit.diff import text as diff_text
 from tacit.driver import compile as compile_model
 from tacit.ir.errors import CompileError
-from tacit.ir.files import require_folder, require_place
+from tacit.ir.files import require_folder
 from tacit.ir.ops.roles import Input
 from tacit.saved import PLAN_FILE, WEIGHTS_FILE
 from tacit.secure import Secure
@@ -152,7 +152,6 @@ def diff_command(
             from tacit.plots import plot_diff, require_matplotlib
 
             require_matplotlib(plot)
-            require_place(plot)
         arrays = [read_array(path) for path in inputs]
         found = compare_layers(
             load_model(model),

@@ -59,7 +59,7 @@ def _display(*columns: ProgressColumn) -> Iterator[Progress | None]:
     # What is printed meanwhile goes above the display, unless it goes into a file: there it has to stay.
     shown = Progress(
         *columns,
-        console=Console(stderr=True),
+        console=Console(file=_Screen(sys.stderr)),  # type: ignore[arg-type]
         transient=True,
         refresh_per_second=5,
         redirect_stdout=_is_terminal(sys.stdout),
@@ -69,8 +69,7 @@ def _display(*columns: ProgressColumn) -> Iterator[Progress | None]:
     def appear() -> None:
         with turn:
             if not over.is_set():
-                with suppress(Exception):
-                    shown.start()
+                shown.start()
 
     timer = threading.Timer(_PATIENCE, appear)
     timer.daemon = True
@@ -81,8 +80,7 @@ def _display(*columns: ProgressColumn) -> Iterator[Progress | None]:
         timer.cancel()
         with turn:
             over.set()
-            with suppress(Exception):  # a terminal that has gone away spoils no result
-                shown.stop()
+            shown.stop()
         _showing.release()
 
 
@@ -92,6 +90,25 @@ def _is_terminal(stream: Any) -> bool:
         return bool(stream.isatty())
     except (AttributeError, OSError, ValueError):
         return False
+
+
+class _Screen:
+    """A stream, but one that has gone away spoils nothing: nobody looks at it any more."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(Exception):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(Exception):
+            self._stream.flush()
 
 
 class _ToStderr(logging.StreamHandler[Any]):

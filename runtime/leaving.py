@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -92,6 +93,8 @@ def _leave() -> None:
     """Stop all calls of other threads; for the exit handlers of Python, which come after its waiting for threads."""
     global _leaver
     me = _leaver = threading.get_ident()
+    tell = sys.unraisablehook
+    sys.unraisablehook = lambda told: None if told.exc_type is Leaving else tell(told)  # where it could not be raised
     begin = time.monotonic()
     again = begin
     while (passed := time.monotonic() - begin) < _PATIENCE:
