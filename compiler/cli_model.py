@@ -63,7 +63,7 @@ def _load_program(path: Path) -> ExportedProgram:
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if (reason := _no_program(path)) is not None:
-        raise Failure(f"{path} {reason}")
+        raise Failure(f"reading {path} failed: it {reason}")
     with _without_log():
         program: ExportedProgram = _guarded(f"reading {path}", lambda: torch.export.load(path))
     return program

@@ -123,7 +123,7 @@ def _parsed(path: Path, raw: bytes) -> Plan:
     try:
         return Plan.parse(raw.decode())
     except UnicodeDecodeError:
-        raise PlanError(f"{path} is not a plan: it is not even text") from None
+        raise PlanError(f"{path} is not a plan: it is not a text file") from None
 
 
 def _plan_named_in(weights: Path) -> str:

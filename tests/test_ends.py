@@ -54,9 +54,10 @@ for work in (
     threading.Thread(target=again, args=(work,), daemon=True).start()
 time.sleep(1)
 """
-LATE = """
+LATE = r"""
 def report(*what):
-    print(*what, flush=True)
+    sys.stdout.write(" ".join(map(str, what)) + "\n")  # in one piece
+    sys.stdout.flush()
 
 def at_the_end():
     report("handler", right(secure, 1), right(secure, 100), right(tacit.Secure(secure.plan, secure.weights), 100))
