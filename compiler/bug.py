@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shutil
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch.export import ExportedProgram
 
 from tacit.export import module_path, source_line
 from tacit.ir.errors import CompilerBug, TacitError
+from tacit.ir.files import write_whole
 from tacit.ir.plan import Plan
 
 _PACKAGES = ("tacit", "torch", "numpy", "numba", "networkx", "cryptography", "safetensors")
@@ -67,27 +69,39 @@ def reported(options: Mapping[str, Any]) -> Iterator[Kept]:
     except (TacitError, MemoryError):
         raise
     except Exception as error:
-        folder = _write(error, kept, options)
         last = traceback.extract_tb(error.__traceback__)[-1]
         after = f" after {kept.stages[-1][1]}" if kept.stages else " before the first pass"
         raise CompilerBug(
             f"the compiler itself failed{after}: {type(error).__name__} in {Path(last.filename).name}:{last.lineno}."
-            f" That is a mistake in Tacit, not in the model. {folder} holds the environment, the exported graph, the"
-            " plan after every pass and the traceback, without weights or inputs: please attach it to a report. The"
-            " graphs show the architecture, so look at them first."
+            f" That is a mistake in Tacit, not in the model. {_report(error, kept, options)}"
         ) from error
 
 
+def _report(error: Exception, kept: Kept, options: Mapping[str, Any]) -> str:
+    """Write the folder, and say what to do with it."""
+    try:
+        folder = _write(error, kept, options)
+    except OSError as refused:  # the error itself has to be told all the same
+        return f"What a report needs could not be written ({refused}): set TMPDIR to a folder that has room."
+    return (
+        f"{folder} holds the environment, the exported graph, the plan after every pass and the traceback, without"
+        " weights or inputs: please attach it to a report. The graphs show the architecture, so look at them first."
+    )
+
+
 def _write(error: Exception, kept: Kept, options: Mapping[str, Any]) -> Path:
+    """All of its files, or nothing."""
     folder = Path(tempfile.mkdtemp(prefix="tacit-bug-"))  # mode 0700
     files: list[tuple[str, Callable[[], str]]] = [
         ("environment.txt", lambda: _environment(options)),
         ("traceback.txt", lambda: _traceback(error)),
         *kept.files(),
     ]
-    for name, content in files:
-        with os.fdopen(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
-            out.write(_text(content))
+    with ExitStack() as undo:
+        undo.callback(shutil.rmtree, folder, ignore_errors=True)
+        for name, content in files:
+            write_whole(folder / name, _text(content).encode(errors="backslashreplace"), private=True)
+        undo.pop_all()
     return folder
 
 

@@ -15,6 +15,7 @@ import torch
 
 from tacit.ir.build import Builder
 from tacit.ir.errors import TacitError
+from tacit.ir.files import write_whole
 from tacit.ir.op import Level, Sample
 from tacit.ir.ops.layer import Layer
 from tacit.ir.ops.model import ModelOp
@@ -130,4 +131,4 @@ def rewritten(text: str) -> str:
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        Path(name).write_text(rewritten(Path(name).read_text(encoding="utf-8")), encoding="utf-8")
+        write_whole(name, rewritten(Path(name).read_text(encoding="utf-8")).encode())

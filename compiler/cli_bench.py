@@ -12,7 +12,8 @@ import typer
 from typer.core import TyperGroup
 
 from tacit.cli_net import bench_processes
-from tacit.cli_shared import AsJson, clear_errors, table
+from tacit.cli_shared import MOST_BATCH, AsJson, clear_errors, table
+from tacit.ir.errors import shortened
 from tacit.peers import INTERPRETERS
 
 
@@ -41,7 +42,7 @@ def bench_command(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="mlp, lenet, a, b, c, d, alexnet, vgg16, resnet18, ...")
     ],
-    batch: Annotated[int, typer.Option("--batch", "-n", min=1, help="Images in a batch.")] = 1,
+    batch: Annotated[int, typer.Option("--batch", "-n", min=1, max=MOST_BATCH, help="Images in a batch.")] = 1,
     network: Annotated[
         str, typer.Option(help="virtual, lan (0.2 ms, 5 Gbit/s) or wan (40 ms, 350 Mbit/s).")
     ] = "virtual",
@@ -131,6 +132,11 @@ def bench_peers_command(
 
 
 def _count(text: str) -> int:
-    if not (text.strip().isascii() and text.strip().isdigit() and int(text) > 0):
-        raise typer.BadParameter(f"'{text}' is not a number of images", param_hint="--batch")
-    return int(text)
+    digits = text.strip()
+    if not (
+        digits.isascii() and digits.isdigit() and len(digits) <= len(str(MOST_BATCH)) and 0 < int(digits) <= MOST_BATCH
+    ):
+        raise typer.BadParameter(
+            f"'{shortened(text)}' is not a number of images, from 1 to {MOST_BATCH:,}", param_hint="--batch"
+        )
+    return int(digits)

@@ -9,9 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from tacit.cli_shared import AsJson, PlanPath, clear_errors, read_plan_file, table, totals, totals_text
+from tacit.cli_shared import AsJson, PlanPath, clear_errors, table, totals, totals_text
 from tacit.compare import compare_plans, comparison_text, prediction_text
 from tacit.ir.plan import NodeCost, Plan, PlanCost
+from tacit.saved import read_plan
 
 
 def register(app: typer.Typer) -> None:
@@ -33,8 +34,8 @@ def cost(
 ) -> None:
     """Rounds and bytes of a plan, per op and per party, as they will be counted on the wire."""
     with clear_errors():
-        found = read_plan_file(plan)
-        other = None if compare is None else read_plan_file(compare)
+        found = read_plan(plan)
+        other = None if compare is None else read_plan(compare)
         total = found.cost(batch=batch, network=network)
     if other is not None:
         difference = compare_plans(other, found, batch=batch, network=network)

@@ -12,8 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tacit.cli_shared import AsJson, Failure, answer_object, answer_text, clear_errors, read_array, save_answer
+from tacit.cli_shared import (
+    MOST_BATCH,
+    AsJson,
+    Failure,
+    answer_object,
+    answer_text,
+    clear_errors,
+    read_array,
+    save_answer,
+)
 from tacit.ir.cost import P0, ROLES
+from tacit.ir.files import require_folder, require_place
 from tacit.progress import track, waiting
 
 if TYPE_CHECKING:
@@ -54,25 +64,26 @@ def init_command(
         typer.Option(metavar="HOST:PORT", help="Where P0, P1 and P2 are reached; give it three times."),
     ] = None,
     metrics_port: Annotated[
-        int, typer.Option(help="Loopback port of P0's metrics, P1 and P2 the next two; 0: none.")
+        int, typer.Option(min=0, max=65533, help="Loopback port of P0's metrics, P1 and P2 the next two; 0: none.")
     ] = 0,
-    clients: Annotated[int, typer.Option(min=1, help="How many client identities.")] = 1,
+    clients: Annotated[int, typer.Option(min=1, max=10_000, help="How many client identities.")] = 1,
     network: Annotated[str, typer.Option(help="Emulate between processes: virtual (nothing), lan or wan.")] = "virtual",
     plan: Annotated[Path | None, typer.Option(help="Pin this plan.txt: no other may be pushed.")] = None,
 ) -> None:
     """Write a deployment for trying out: a private authority and one certificate for each member."""
     from tacit.runtime.net.certificates import init_deployment
     from tacit.runtime.net.deployment import parse_place
-    from tacit.secure import PLAN_FILE, read_plan
+    from tacit.saved import read_plan
 
     with clear_errors():
+        require_folder(folder)
         places = [parse_place(text) for text in address or ["127.0.0.1:7600", "127.0.0.1:7601", "127.0.0.1:7602"]]
         if len(places) != 3:
             raise Failure(f"--address is given once for each of P0, P1 and P2, not {len(places)} times")
         ports = [("127.0.0.1", metrics_port + i) if metrics_port else None for i in range(3)]
         digest = ""
         if plan is not None:
-            digest = read_plan(plan / PLAN_FILE if plan.is_dir() else plan).digest
+            digest = read_plan(plan).digest
         made = init_deployment(folder, places, metrics=ports, clients=clients, network=network, plan=digest)
     for member in made.members:
         where = f"{member.address[0]}:{member.address[1]}" if member.address else ""
@@ -102,7 +113,8 @@ def party_command(
         while not stop.wait(0.2):
             pass  # awake now and then: a signal that another thread took is handled by this one
         server.drain()
-    sys.stderr.flush()
+    if sys.stderr is not None:
+        sys.stderr.flush()
     os._exit(0)  # a worker whose deadline has yet to pass does not hold up the end
 
 
@@ -130,15 +142,17 @@ def predict_command(
         typer.Option("--output", "-o", help="File for the answer: .npy; .npz where there are several."),
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="The plan.txt that the parties have to run.")] = None,
-    timeout: Annotated[float | None, typer.Option(help="Seconds; default: the deployment's limit.")] = None,
+    timeout: Annotated[float | None, typer.Option(min=0.001, help="Seconds; default: the deployment's limit.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Send shares of an input, and put the shares of the answer together."""
     from tacit.remote import connect
-    from tacit.secure import PLAN_FILE, read_plan
+    from tacit.saved import read_plan
 
     with clear_errors():
-        pinned = None if plan is None else read_plan(plan / PLAN_FILE if plan.is_dir() else plan)
+        if output is not None:
+            require_place(output)
+        pinned = None if plan is None else read_plan(plan)
         arrays = [read_array(path) for path in inputs]
         with connect(deployment, identity, plan=pinned) as remote, waiting("encrypted inference"):
             answer = remote.predict(*arrays, timeout=timeout)
@@ -158,8 +172,8 @@ def predict_command(
 def deal_command(
     deployment: DeploymentFile,
     identity: IdentityFolder,
-    count: Annotated[int, typer.Option(min=1, help="How many batches.")] = 1,
-    batch: Annotated[int, typer.Option(min=1, help="Elements in each.")] = 1,
+    count: Annotated[int, typer.Option(min=1, max=MOST_BATCH, help="How many batches.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, max=MOST_BATCH, help="Elements in each.")] = 1,
 ) -> None:
     """Have P2 deal material ahead of time, as a party or the owner."""
     from tacit.runtime.net.client import ask

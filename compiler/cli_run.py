@@ -20,6 +20,7 @@ from tacit.cli_shared import (
     save_answer,
     totals_text,
 )
+from tacit.ir.files import require_place
 from tacit.runtime.session import Run
 from tacit.secure import Secure, check_inputs, load
 from tacit.structure import together
@@ -54,10 +55,12 @@ def run(
 ) -> None:
     """Encrypted inference among three virtual parties in this process."""
     with clear_errors():
-        secure = load(folder)
-        arrays = [read_array(path) for path in [*inputs, *([targets] if targets else [])]]
         if sum((check, trace is not None, batch is not None)) > 1:
             raise Failure("--check, --trace and --batch are runs of their own: give one of them")
+        for place in filter(None, (output, trace)):
+            require_place(place)
+        secure = load(folder)
+        arrays = [read_array(path) for path in [*inputs, *([targets] if targets else [])]]
         if batch is not None:
             answer, runs = _in_batches(secure, arrays, batch)
         elif trace is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,14 +15,23 @@ import torch
 import typer
 
 from tacit.diff import aligned
-from tacit.ir.errors import PlanError, TacitError
-from tacit.ir.plan import Plan, PlanCost
-from tacit.secure import PLAN_FILE
+from tacit.ir.errors import TacitError, shortened
+from tacit.ir.files import write_whole
+from tacit.ir.plan import PlanCost
 from tacit.structure import named_leaves
 
 PlanPath = Annotated[Path, typer.Argument(metavar="PLAN", help="The folder of a compiled model, or its plan.txt.")]
+MOST_BATCH = 1 << 30
+_OUT_OF_MEMORY = "can't allocate memory: "  # how PyTorch puts it, in a RuntimeError
 _PRINTED = 1000  # longer answers are abbreviated on the screen
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+INTERRUPTED, TERMINATED = 130, 143  # exit codes, as shells have them
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as an interrupt does."""
 
 
 class Failure(Exception):
@@ -29,7 +40,8 @@ class Failure(Exception):
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """One message on stderr and exit code 1 for everything a user can run into."""
+    """One message on stderr and exit code 1 for everything a user can run into; 130 or 143 for an interrupt."""
+    code = 1
     try:
         yield
     except BrokenPipeError:
@@ -38,33 +50,56 @@ def clear_errors() -> Iterator[None]:
         message = str(error)
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and _OUT_OF_MEMORY not in str(error):
+            raise
+        message = f"there is not enough memory: {str(error).partition(_OUT_OF_MEMORY)[2] or error}"
+    except KeyboardInterrupt as error:
+        message, code = "interrupted", TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+    except SystemExit as error:  # of the user's code: commands raise typer.Exit
+        message = f"the model's code called sys.exit({'' if error.code is None else shortened(repr(error.code))})"
+    except BaseException as error:
+        if isinstance(error, Exception):
+            raise
+        message = f"the model's code raised {type(error).__name__}: {shortened(str(error))}"
     else:
         return
     typer.echo(f"tacit: {message}", err=True)
-    raise typer.Exit(1)
+    raise typer.Exit(code)
 
 
 def read_array(path: Path) -> torch.Tensor:
-    """A plain .npy array as a tensor; nothing in the file is ever executed."""
+    """A plain .npy array as a tensor: int64, bool, float32 or float64, the one that holds what the file does.
+
+    Nothing in the file is ever executed.
+    """
     try:
         with path.open("rb") as file:
             array = np.load(file, allow_pickle=False)
-        if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
-            raise ValueError
-    except (ValueError, EOFError, MemoryError):
-        raise Failure(f"{path} is not a .npy file with an array of numbers") from None
-    native = array.astype(np.int64) if array.dtype.kind in "iu" else array.astype(array.dtype.newbyteorder("="))
+    except (ValueError, EOFError, MemoryError, zipfile.BadZipFile):
+        raise Failure(f"{path} is not a .npy file with an array of numbers, or a damaged one") from None
+    if not isinstance(array, np.ndarray):
+        raise Failure(f"{path} is not a .npy file with an array of numbers but an archive: give each array by itself")
+    if array.dtype.kind not in "fiub":
+        raise Failure(
+            f"{path} is not a .npy file with an array of real numbers: it holds {shortened(str(array.dtype))}"
+        )
+    if array.dtype.kind == "u" and array.size and array.max() > np.iinfo(np.int64).max:
+        raise Failure(f"{path} holds integers of 2^63 and more")
+    widest = {"b": np.bool_, "f": np.float32 if array.dtype.itemsize <= 4 else np.float64}
+    native = array.astype(widest.get(array.dtype.kind, np.int64))
     return torch.from_numpy(np.ascontiguousarray(native).reshape(array.shape))
 
 
 def save_answer(path: Path, answer: Any) -> None:
     """A tensor as .npy, a structure of tensors as .npz with an array for each, named after its place."""
     arrays = {name: value.numpy() for name, value in named_leaves(answer).items()}
-    with path.open("wb") as out:
-        if list(arrays) == [""]:
-            np.save(out, arrays[""], allow_pickle=False)
-        else:
-            np.savez(out, **arrays)
+    out = io.BytesIO()
+    if list(arrays) == [""]:
+        np.save(out, arrays[""], allow_pickle=False)
+    else:
+        np.savez(out, **arrays)
+    write_whole(path, out.getvalue())
 
 
 def answer_text(answer: Any) -> str:
@@ -96,15 +131,6 @@ def totals_text(totals: Mapping[str, Any]) -> str:
         f"bytes     {totals['online_bytes']:,} online, {totals['offline_bytes']:,} offline "
         f"for a batch of {totals['batch']}; {totals['session_bytes']:,} once per session"
     )
-
-
-def read_plan_file(path: Path) -> Plan:
-    """The plan in a folder of `tacit compile`, or in a file."""
-    path = path / PLAN_FILE if path.is_dir() else path
-    try:
-        return Plan.parse(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise PlanError(f"{path} is not a text file") from None
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: range) -> str:

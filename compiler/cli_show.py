@@ -13,10 +13,12 @@ from rich.highlighter import RegexHighlighter
 from rich.text import Text
 from rich.theme import Theme
 
-from tacit.cli_shared import AsJson, Failure, PlanPath, clear_errors, measured_times, read_plan_file
+from tacit.cli_shared import AsJson, Failure, PlanPath, clear_errors, measured_times
 from tacit.diff import ranges_text
+from tacit.ir.files import require_place, write_whole
 from tacit.ir.plan import Plan
 from tacit.ir.view.page import page
+from tacit.saved import read_plan
 
 
 def register(app: typer.Typer) -> None:
@@ -71,14 +73,16 @@ def show(
 ) -> None:
     """Print a plan, after checking every line of it; or write its report, or draw the errors of its functions."""
     with clear_errors():
-        found = read_plan_file(plan)
+        for place in filter(None, (html, errors)):
+            require_place(place)
+        found = read_plan(plan)
+        times = None if measured is None else measured_times(measured, batch)
         if errors is not None:
             _draw_errors(found, errors)
             typer.echo(f"written   {errors}")
         if html is not None:
             prediction = found.predict(batch, network)
-            times = None if measured is None else measured_times(measured, batch)
-            html.write_text(page(found, batch=batch, prediction=prediction, measured=times), encoding="utf-8")
+            write_whole(html, page(found, batch=batch, prediction=prediction, measured=times).encode())
             typer.echo(f"written   {html}")
         if html is not None or errors is not None:
             return

@@ -24,6 +24,7 @@ from tacit.passes import Draft, run_pipeline
 from tacit.passes.lower import SUITES
 from tacit.passes.quantise import MOST_FRAC_BITS
 from tacit.progress import log, waiting
+from tacit.runtime.leaving import stops_at_exit
 from tacit.runtime.reference import interpret
 from tacit.secure import Secure, check_input
 from tacit.tensors import comparable, plain_tensor, unreadable
@@ -39,6 +40,7 @@ _FAINT = 1e-3
 _LEAST_REACH, _MOST_REACH = 4.0, 2.0**40
 
 
+@stops_at_exit
 def compile(
     model: Model,
     example_inputs: Any,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import linecache
 import logging
+import sys
 import threading
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import wraps
 from pathlib import Path
 from types import FrameType
@@ -173,8 +174,12 @@ def _where_the_batch_was_fixed(model: torch.nn.Module, again: Callable[[], objec
 
 @contextmanager
 def _without_noise() -> Iterator[None]:
-    """What PyTorch warns of while it traces is nothing that a user of the compiler can act on."""
-    with warnings.catch_warnings():
+    """What PyTorch warns of while it traces is nothing that a user of the compiler can act on.
+
+    It asks whether stdout is a terminal, which a closed file does not answer: nobody reads that one in any case.
+    """
+    closed = getattr(sys.stdout, "closed", False)
+    with warnings.catch_warnings(), redirect_stdout(None) if closed else nullcontext():
         warnings.simplefilter("ignore")
         yield
 

@@ -13,6 +13,7 @@ import os
 import platform
 import resource
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 
 from tacit.driver import compile as compile_model
+from tacit.ir.files import write_whole
 from tacit.ir.predict import FINDERS, Features, Machine, Pace, totals
 from tacit.progress import track
 from tacit.runtime.channel import LinkModel
@@ -56,10 +58,9 @@ def machine() -> Machine:
     found = _read(path)
     if found is None:
         found = measure()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(f".{os.getpid()}.new")
-        fresh.write_text(json.dumps(asdict(found)))
-        fresh.replace(path)
+        with suppress(OSError):  # where it cannot be kept, it is measured again
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps(asdict(found)).encode())
     return found
 
 

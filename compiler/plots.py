@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import numpy as np
 from tacit.bench import Measured, bench
 from tacit.diff import Diff
 from tacit.ir.errors import InputError
+from tacit.ir.files import require_place, write_whole
 from tacit.ir.view.page import time_text
 from tacit.progress import track
 
@@ -27,7 +29,10 @@ _MOST_PANELS = 60
 
 
 def require_matplotlib(file: Path | None = None) -> Any:
-    """matplotlib's figure; raises InputError with the remedy where it is missing, or cannot write such a file."""
+    """matplotlib's figure; raises InputError with the remedy where it is missing, or cannot write such a file.
+
+    And OSError where nothing can be written to that place.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -35,12 +40,16 @@ def require_matplotlib(file: Path | None = None) -> Any:
     known = Figure().canvas.get_supported_filetypes()
     if file is not None and file.suffix.lstrip(".").lower() not in known:
         raise InputError(f"{file} has to end in one of .{', .'.join(sorted(known))}")
+    if file is not None:
+        require_place(file)
     return Figure
 
 
 def _save(figure: Any, file: Path) -> None:
     require_matplotlib(file)
-    figure.savefig(file, dpi=160)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=file.suffix[1:].lower(), dpi=160)
+    write_whole(file, drawn.getvalue())
 
 
 def _style(axes: Any, title: str, x: str, y: str) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tacit.ir.plan import Plan
+from tacit.runtime.leaving import stops_at_exit
 from tacit.secure import check_inputs, decode_answer, encode_inputs, load
 
 if TYPE_CHECKING:
@@ -27,10 +28,12 @@ class Remote:
         self._dtype = dtype
 
     @property
+    @stops_at_exit
     def plan(self) -> Plan:
         """What the parties run; raises PartyError or RefusedError where they cannot be asked."""
         return self._client.plan
 
+    @stops_at_exit
     def predict(self, *inputs: Any, timeout: float | None = None, **named: Any) -> Any:
         """The model's answer for a batch, which nobody but this client learns; same arguments as the model.
 
@@ -70,6 +73,7 @@ def connect(deployment: PathLike, identity: PathLike, *, plan: Plan | None = Non
     return Remote(Client(found, load_identity(found, identity), plan))
 
 
+@stops_at_exit
 def push(deployment: PathLike, identity: PathLike, model: PathLike) -> int:
     """Share a saved model's weights between P0 and P1 as the owner; returns the bytes that were sent.
 

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from tacit.arguments import bind, slots_of
-from tacit.ir.errors import InputError, PlanError, WeightsError
+from tacit.ir.errors import InputError, WeightsError
+from tacit.ir.files import require_place
 from tacit.ir.ops.outputs import Pack
 from tacit.ir.ops.roles import Input, Weight
 from tacit.ir.plan import Node, Plan
@@ -26,14 +27,15 @@ from tacit.runtime import ring
 from tacit.runtime.channel import LinkModel
 from tacit.runtime.cores import on_one_core, survive_forks
 from tacit.runtime.forks import in_child
+from tacit.runtime.leaving import each, stops_at_exit
 from tacit.runtime.overflow import interpret_checked
 from tacit.runtime.reference import compare, interpret
 from tacit.runtime.session import Run, Session, Trace
+from tacit.saved import PLAN_FILE, WEIGHTS_FILE, metadata, read_model, save_model
 from tacit.tensors import comparable, plain_tensor, unreadable
 from tacit.trace import traced
 
 Tensor = torch.Tensor
-PLAN_FILE, WEIGHTS_FILE = "plan.txt", "weights.safetensors"
 _DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64)}
 
 
@@ -90,11 +92,13 @@ class Secure:
     def __deepcopy__(self, memo: dict[int, Any]) -> Secure:
         return Secure(self.plan, copy.deepcopy(self._weights, memo), self._dtype, answer=self._answer)
 
+    @stops_at_exit
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Encrypted inference; raises InputError before anything is shared if an input does not fit."""
         answer, _ = self._run(inputs, named, trace=False)
         return answer
 
+    @stops_at_exit
     def reference(self, *inputs: Any, check: bool = False, **named: Any) -> Any:
         """The clear oracle: the same fixed-point arithmetic without cryptography, truncations rounded to nearest.
 
@@ -106,6 +110,7 @@ class Secure:
             values = run(self.plan, self._weights, check_inputs(self.plan, inputs, named))
         return self._decoded(values[self.plan.result])
 
+    @stops_at_exit
     def check(self, *inputs: Any, **named: Any) -> Any:
         """A secure run compared with the oracle under the same public truncation offsets, bit for bit at every line.
 
@@ -137,11 +142,16 @@ class Secure:
         Raises InputError at the first item that does not fit, before anything of it is shared.
         """
         count = len(batches) if isinstance(batches, Sized) else None
+        answers = self._answers(batches)
+        yield from track(each(answers), "encrypted inference", total=count)
+
+    def _answers(self, batches: Iterable[Any]) -> Iterator[Any]:
         encoded = (self._encoded(item if isinstance(item, tuple) else (item,)) for item in batches)
-        for answer, run in track(self.session().stream(encoded), "encrypted inference", total=count):
+        for answer, run in self.session().stream(encoded):
             self.last_run = run
             yield self._decoded(answer)
 
+    @stops_at_exit
     def trace(self, *inputs: Any, **named: Any) -> Any:
         """As a call, with a file name last: writes what each party did when, for chrome://tracing or ui.perfetto.dev.
 
@@ -151,12 +161,14 @@ class Secure:
         arguments, file = inputs[:-1], inputs[-1] if inputs else None
         if not isinstance(file, (str, os.PathLike)):
             raise InputError("the last argument of trace without a name is the file to write")
+        require_place(file)
         encoded = self._encoded(arguments, named)
         session = self.session()
         with waiting("encrypted inference, traced"):
             answer, self.last_run = traced(session, encoded, file)
         return self._decoded(answer)
 
+    @stops_at_exit
     def session(self, link: LinkModel | None = None) -> Session:
         """The session of this model in this process, opened at first use; `link` emulates a network, and opens a new
         one. Calls of all threads run in it side by side; a forked process opens its own."""
@@ -180,25 +192,19 @@ class Secure:
         """The owner's weights as ring integers, by label: the secret of this object."""
         return self._weights
 
+    @stops_at_exit
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write plan.txt, which is public, and weights.safetensors, the owner's alone (mode 0600)."""
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        (target / PLAN_FILE).write_text(str(self.plan))
+        """Write plan.txt, which is public, and weights.safetensors, the owner's alone (mode 0600).
+
+        Both or none: if that fails, a model that was there before is still there. Raises OSError, which names the file.
+        """
         with waiting("writing the weights"):
-            metadata = {"plan": self.plan.digest, "sha256": _fingerprint(self._weights), "dtype": str(self._dtype)}
-            content = save_tensors({k: v.contiguous() for k, v in self._weights.items()}, metadata)
-            _write_private(target / WEIGHTS_FILE, content)
+            told = {"plan": self.plan.digest, "sha256": _fingerprint(self._weights), "dtype": str(self._dtype)}
+            content = save_tensors({k: v.contiguous() for k, v in self._weights.items()}, told)
+            save_model(Path(folder), str(self.plan), content)
 
 
-def read_plan(path: Path) -> Plan:
-    """The plan in a file; raises PlanError."""
-    try:
-        return Plan.parse(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise PlanError(f"{path.name} is not a plan: it is not even text") from None
-
-
+@stops_at_exit
 def load(folder: str | os.PathLike[str]) -> Secure:
     """What `Secure.save` wrote; raises PlanError or WeightsError where a file was changed or does not belong."""
     with waiting("reading the weights"):
@@ -206,24 +212,23 @@ def load(folder: str | os.PathLike[str]) -> Secure:
 
 
 def _loaded(source: Path) -> Secure:
-    plan = read_plan(source / PLAN_FILE)
+    plan, content = read_model(source)
     path = source / WEIGHTS_FILE
     try:
-        weights = load_tensors(path.read_bytes())
-        with safe_open(path, framework="pt") as opened:
-            metadata = opened.metadata() or {}
+        weights = load_tensors(content)
     except SafetensorError as error:
         raise WeightsError(f"{path.name} is not a readable safetensors file: {error}") from None
-    if metadata.get("plan") != plan.digest:
+    told = metadata(content)
+    if told.get("plan") != plan.digest:
         raise WeightsError(f"{path.name} belongs to another plan than {PLAN_FILE}: the digests differ")
-    if metadata.get("sha256") != _fingerprint(weights):
+    if told.get("sha256") != _fingerprint(weights):
         raise WeightsError(f"{path.name} was changed after it was written: its fingerprint does not match")
     expected = {n.op.label: (n.type.dims, n.type.dtype) for n in plan.find(Weight)}  # type: ignore[attr-defined]
     found = {label: (tuple(value.shape), value.dtype) for label, value in weights.items()}
     if expected != found:
         names = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
         raise WeightsError(f"{path.name} does not hold the weights of the plan: {', '.join(names)}")
-    dtype = _DTYPES.get(metadata.get("dtype", ""))
+    dtype = _DTYPES.get(told.get("dtype", ""))
     if dtype is None:
         raise WeightsError(f"{path.name} names no type for the answer: {' or '.join(_DTYPES)}")
     return Secure(plan, weights, dtype)
@@ -300,12 +305,3 @@ def _fingerprint(weights: Mapping[str, Tensor]) -> str:
         digest.update(f"{label} {tuple(value.shape)} {value.dtype}\n".encode())
         digest.update(value.view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _write_private(path: Path, content: bytes) -> None:
-    """Replace the file in one step; nobody but the owner can read it at any moment."""
-    temporary = path.with_name(path.name + ".new")
-    temporary.unlink(missing_ok=True)
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
-        out.write(content)
-    os.replace(temporary, path)

@@ -11,12 +11,12 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from tacit.ir.cost import CLIENT, P0, P1, P2, ROLES, Link
+from tacit.ir.files import write_whole
 from tacit.ir.plan import Plan
 from tacit.runtime.session import Run, Session
 from tacit.runtime.timeline import Slice, Timeline
@@ -37,7 +37,7 @@ def traced(session: Session, inputs: Mapping[str, Tensor], file: str | os.PathLi
     events = list(_events(session.plan, timeline.slices, phases))
     told = {"plan": session.plan.name, "digest": session.plan.digest, "batch": run.batch, "rounds": run.rounds}
     told |= {"online_seconds": run.online_seconds, "offline_seconds": run.offline_seconds}
-    Path(file).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms", "otherData": told}))
+    write_whole(file, json.dumps({"traceEvents": events, "displayTimeUnit": "ms", "otherData": told}).encode())
     return answer, run
 
 

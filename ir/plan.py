@@ -316,6 +316,7 @@ class Plan:
         from tacit.ir.predict import FINDERS, network_model, predict
 
         network_model(network)
+        self.cost(batch=batch)  # what is refused is refused before anything is measured
         machine = next((found for find in FINDERS if (found := find(measure))), None)
         return predict(self, machine, batch=batch, network=network) if machine else None
 

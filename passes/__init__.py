@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tacit.ir.files import write_whole
 from tacit.ir.plan import Plan
 from tacit.passes.bound import bound_ranges
 from tacit.passes.draft import Draft
@@ -68,7 +69,7 @@ def _dump(number: int, name: str, draft: Draft) -> None:
     folder = os.environ.get("TACIT_DUMP")
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        Path(folder, f"{number:02}_{name}.txt").write_text(str(draft.plan))
+        write_whole(Path(folder, f"{number:02}_{name}.txt"), str(draft.plan).encode())
 
 
 __all__ = ["PIPELINE", "Draft", "Pass", "run_pipeline", "stages"]

@@ -35,6 +35,7 @@ from tacit.runtime.timeline import Profile, Timeline
 
 Tensor = torch.Tensor
 _T = TypeVar("_T")
+_DEALING = (P2, P0, P1)  # it goes one way, from P2: P0 and P1 never keep it waiting, so it may also be done in turn
 _EVERYONE = tuple(range(len(ROLES)))
 _MAX_BATCHES = 1 << 32
 
@@ -150,13 +151,12 @@ class Session:
         nodes = [n for n in self.plan.nodes if n.op.session]
         material: dict[int, dict[str, list[Material]]] = {rank: {} for rank in _EVERYONE}
         exchange = Exchange(self.network)
-        crew.together(exchange, {rank: self._dealing(exchange, nodes, rank, 0, 1, material[rank]) for rank in PARTIES})
+        crew.together(exchange, {rank: self._dealing(exchange, nodes, rank, 0, 1, material[rank]) for rank in _DEALING})
         jobs = {}
         for rank in (*PARTIES, OWNER):
             seat = self._seat(exchange, rank, 0, 1, material[rank])
-            job = self._job(exchange, rank, self.plan.session_schedule, seat, self._shared[rank])
-            jobs[rank] = partial(_exhaust, job)
-        crew.together(exchange, jobs)
+            jobs[rank] = self._job(exchange, rank, self.plan.session_schedule, seat, self._shared[rank])
+        crew.play(exchange, jobs)
         return exchange.meter
 
     def _dealing(
@@ -191,10 +191,8 @@ class Session:
         nodes = [n for n in self.plan.nodes if not n.op.session]
         material: dict[int, dict[str, list[Material]]] = {rank: {} for rank in _EVERYONE}
         exchange, begin = Exchange(self.network, self._ahead if ahead else None, timeline), time.perf_counter()
-        # Dealing goes one way, from P2: P0 and P1 never keep it waiting, so the parties may also take turns.
         jobs = {
-            rank: self._dealing(exchange, nodes, rank, batch_id, batch, material[rank], timeline)
-            for rank in (P2, P0, P1)
+            rank: self._dealing(exchange, nodes, rank, batch_id, batch, material[rank], timeline) for rank in _DEALING
         }
         found = crew.together(exchange, jobs, in_turn=ahead or self._little(batch))
         seconds = time.perf_counter() - begin
@@ -250,10 +248,7 @@ class Session:
                 exchange, rank, dealt.batch_id, dealt.batch, material[rank], inputs, offsets if trace else None
             )
             jobs[rank] = self._job(exchange, rank, self.plan.schedule, seat, values[rank], keep=trace, profile=timeline)
-        if self._little(dealt.batch):
-            crew.taking_turns(exchange, {rank: job() for rank, job in jobs.items()})
-        else:
-            crew.together(exchange, {rank: partial(_exhaust, job) for rank, job in jobs.items()})
+        crew.play(exchange, jobs, in_turn=self._little(dealt.batch))
         run = _measured(dealt, exchange.meter, time.perf_counter() - begin)
         if timeline is not None:
             timeline.phases["online"] = begin, begin + run.online_seconds
@@ -366,8 +361,3 @@ def _measured(dealt: Dealt, online: Meter, seconds: float) -> Run:
         online.traffic,
         dealt.meter.traffic,
     )
-
-
-def _exhaust(job: Callable[[], Iterator[Awaited]]) -> None:
-    for _ in job():
-        pass

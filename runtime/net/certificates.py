@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import os
+import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from cryptography import x509
@@ -14,6 +16,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from tacit.ir.cost import CLIENT, OWNER, ROLES
 from tacit.ir.errors import DeploymentError
+from tacit.ir.files import write_whole
 from tacit.runtime.net.deployment import CERTIFICATE_FILE, DEPLOYMENT_FILE, KEY_FILE, Deployment, Limits, Member
 
 Key = ec.EllipticCurvePrivateKey
@@ -35,7 +38,7 @@ def init_deployment(
     """Write deployment.toml and a folder with cert.pem and key.pem for each member; raises DeploymentError.
 
     The authority's key signs these certificates and is forgotten: nobody can add a member later without a new
-    deployment. Folders have mode 0700, keys 0600.
+    deployment. Folders have mode 0700, keys 0600. Where it fails, nothing of it stays.
     """
     target = Path(folder)
     if (target / DEPLOYMENT_FILE).exists():
@@ -44,12 +47,11 @@ def init_deployment(
     roles |= {f"client{i}": CLIENT for i in range(2, clients + 1)}
     authority_key = ec.generate_private_key(ec.SECP256R1())
     authority = _authority(authority_key)
-    target.mkdir(parents=True, exist_ok=True)
-    members = []
+    identities, members = {}, []
     for name, role in roles.items():
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = issue(name, key, authority, authority_key)
-        write_identity(target / name, certificate, key)
+        identities[target / name] = certificate, key
         places: Mapping[str, tuple[str, int] | None] = (
             {}
             if role in (CLIENT, OWNER)
@@ -57,9 +59,17 @@ def init_deployment(
         )
         members.append(Member(name, role, certificate.fingerprint(hashes.SHA256()).hex(), **places))
     pem = authority.public_bytes(serialization.Encoding.PEM).decode()
-    made = Deployment(tuple(members), pem, limits or Limits(), network=network, plan=plan)
-    (target / DEPLOYMENT_FILE).write_text(made.text())
-    return Deployment.parse(made.text())
+    text = Deployment(tuple(members), pem, limits or Limits(), network=network, plan=plan).text()
+    made = Deployment.parse(text)
+    with ExitStack() as undo:
+        target.mkdir(parents=True, exist_ok=True)
+        for place, identity in identities.items():
+            if not place.exists():
+                undo.callback(shutil.rmtree, place, ignore_errors=True)
+            write_identity(place, *identity)
+        write_whole(target / DEPLOYMENT_FILE, text.encode())
+        undo.pop_all()
+    return made
 
 
 def _authority(key: Key) -> x509.Certificate:
@@ -113,10 +123,9 @@ def _name(common: str) -> x509.Name:
 def write_identity(folder: Path, certificate: x509.Certificate, key: Key) -> None:
     folder.mkdir(mode=0o700, exist_ok=True)
     folder.chmod(0o700)
-    (folder / CERTIFICATE_FILE).write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    write_whole(folder / CERTIFICATE_FILE, certificate.public_bytes(serialization.Encoding.PEM))
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    with os.fdopen(os.open(folder / KEY_FILE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
-        out.write(pem)
+    write_whole(folder / KEY_FILE, pem, private=True)
 
 
 def fingerprint(pem: bytes) -> str:

@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 
 from tacit.ir.errors import DeploymentError
+from tacit.ir.files import sync_folder
 
 # Whoever may write where a file is expected could have us read, truncate or lock another one through a link, or wait
 # at a pipe for ever.
@@ -56,20 +57,15 @@ def write_file(path: Path, raw: bytes) -> None:
     """In one step, on disk when it returns, for nobody but the owner of the process to read."""
     temporary = path.with_name(path.name + ".new")
     with os.fdopen(open_file(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as out:
-        out.write(raw)
-        out.flush()
-        os.fdatasync(out.fileno())
+        try:
+            out.write(raw)
+            out.flush()
+            os.fdatasync(out.fileno())
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     os.replace(temporary, path)
     sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """The names in it, on disk."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
 
 
 def _own(opened: int, path: Path, mode: int) -> None:

@@ -35,8 +35,9 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from tacit.ir.errors import DeploymentError, PlanError, ProtocolError
+from tacit.ir.files import sync_folder
 from tacit.ir.plan import Plan
-from tacit.runtime.net.files import open_file, open_folder, read_file, sync_folder, write_file
+from tacit.runtime.net.files import open_file, open_folder, read_file, write_file
 from tacit.runtime.net.flow import Payload
 from tacit.runtime.net.ledger import SESSION_BATCH, Ledger
 

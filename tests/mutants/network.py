@@ -129,13 +129,15 @@ DISK = (
     Mutant(
         "folders-not-synced",
         "after a power cut a file's name may be gone: the ledger, a reservation, a session",
-        wrapped(
-            "files.py",
-            "sync_folder",
-            """
+        (
+            Wrap(
+                "ir/files.py",
+                "sync_folder",
+                """
             def mutant(plain, folder):
                 pass
             """,
+            ),
         ),
         ("tests/test_net_state.py",),
     ),
