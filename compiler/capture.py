@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,13 +12,15 @@ from torch.export import ExportedProgram
 
 from tacit.constants import NotConstant
 from tacit.export import exported_as, module_path, simplified, source_line
-from tacit.graph import FLOATS, Graph
+from tacit.graph import FLOATS, INTEGERS, Graph
 from tacit.ir.errors import CompileError
 from tacit.ir.op import Level
 from tacit.ir.ops.layer import Layer, layers
-from tacit.ir.ops.model import Argmax, CountCorrect
+from tacit.ir.ops.model import Argmax, AsReal, CountCorrect, NoOp
+from tacit.ir.ops.moves import Move
 from tacit.ir.ops.outputs import Pack
 from tacit.ir.ops.roles import Input, Weight
+from tacit.ir.ops.whole import Within
 from tacit.ir.plan import Plan
 from tacit.ir.types import Batch, Type
 from tacit.layout import Laid, Layout
@@ -25,7 +28,6 @@ from tacit.layout import Laid, Layout
 Tensor = torch.Tensor
 Range = tuple[float, float]
 _NUMBERS = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
-INTEGERS = (torch.int64, torch.int32)
 _VIEWS = {
     f"aten.{name}"
     for name in (
@@ -71,13 +73,17 @@ class Capture(Graph):
             elif node.op == "call_function":
                 with self.at(module_path(node), source_line(node)):
                     self._call(node)
+                found, value = self._values.get(node), node.meta.get("val")
+                if isinstance(found, Laid) and isinstance(value, Tensor) and value.dtype == torch.bool:
+                    self.truths.add(found.line)
             elif node.op == "output":
                 result = self._output(node, reveal)
             else:
                 self.unsupported(f"the graph holds a '{node.op}' node")
         if self._ranges:
             raise CompileError(f"there are {len(self._ranges)} examples more than the model has inputs")
-        plan = Plan(name, tuple(self.nodes), result, Level.MODEL, reveal=reveal, ranges="none")
+        nodes = tuple(self.indices.bounded(node) for node in self.nodes)
+        plan = Plan(name, nodes, result, Level.MODEL, reveal=reveal, ranges="none")
         plan = plan.without_dead_lines()
         self.weights = {n.op.label: self.weights[n.op.label] for n in plan.find(Weight) if isinstance(n.op, Weight)}
         return plan.verify()
@@ -109,11 +115,10 @@ class Capture(Graph):
 
     def _input(self, node: torch.fx.Node) -> None:
         value = node.meta.get("val")
-        rows = self._vocabulary(node) if isinstance(value, torch.Tensor) and value.dtype in INTEGERS else 0
-        if not isinstance(value, torch.Tensor) or (value.dtype not in FLOATS and not rows):
+        if not isinstance(value, torch.Tensor) or value.dtype not in (*FLOATS, *INTEGERS, torch.bool):
             kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
             self.unsupported(
-                f"input '{node.name}' is {kind}; inputs are float32 or float64 tensors, or indices of an embedding"
+                f"input '{node.name}' is {kind}; inputs are tensors of float32, float64, integers or truth values"
             )
         if value.dim() < 1 or isinstance(value.shape[0], int):
             self.unsupported(
@@ -128,16 +133,14 @@ class Capture(Graph):
         self.constants.symbols |= value.shape[0].node.expr.free_symbols
         if not self._ranges:
             raise CompileError("the model takes more inputs than there are examples")
-        low, high = self._ranges.pop(0)
-        op = Input(node.name, 0.0, float(rows - 1), integers=True) if rows else Input(node.name, low, high)
-        declared = Type("real", tuple(self.dim(d) for d in value.shape))
-        self._values[node] = Laid(self.declare(op, declared, name=node.name))
-
-    @staticmethod
-    def _vocabulary(node: torch.fx.Node) -> int:
-        """Of how many rows an integer input chooses: the fewest of all embeddings that read it; 0 where none does."""
-        tables = [user.args[0] for user in node.users if str(user.target) == "aten.embedding.default"]
-        return min((len(table.meta["val"]) for table in tables if isinstance(table, torch.fx.Node)), default=0)
+        op = Input(node.name, *self._ranges.pop(0), integers=value.dtype not in FLOATS)
+        line = self.declare(op, Type("real", tuple(self.dim(d) for d in value.shape)), name=node.name)
+        if op.integers:
+            self.wholes.add(line)
+            self.indices.enter(line)
+        if value.dtype == torch.bool:
+            self.truths.add(line)
+        self._values[node] = Laid(line)
 
     def _call(self, node: torch.fx.Node) -> None:
         value = node.meta.get("val")
@@ -157,7 +160,7 @@ class Capture(Graph):
             return
         self.target = str(node.target)
         if self._whole_batch(node):
-            self._values[node] = self._values[node.all_input_nodes["scatter" in self.target]]
+            self._keep(node, node.args["scatter" in self.target])
             return
         if self.target in _VIEWS or self.target in _PERMUTATIONS:
             self._values[node] = self._fits(self._moved(node), value)
@@ -165,10 +168,8 @@ class Capture(Graph):
         layer = self._layers.get(self.target)
         if layer is None:
             self.unsupported(_unknown(self.target, exported_as(node), self._layers))
-        found = self._captured(layer, self._arguments(node), value)
+        found = self._captured(layer, self._arguments(node, layer.unresolved), value)
         self._values[node] = found if isinstance(found, list) else self._fits(found, value)
-        if isinstance(value, torch.Tensor) and value.dtype == torch.bool and isinstance(found, Laid):
-            self.truths.add(found.line)
 
     def _number(self, node: torch.fx.Node) -> None:
         """A size, as in x.view(x.size(0), -1), or a check of one: shapes are read off the results. No value is."""
@@ -192,15 +193,21 @@ class Capture(Graph):
         """Whether this is a slice like the first of x[:, 1:3], which takes all of the batch, or writes to it."""
         if self.target not in ("aten.slice.Tensor", "aten.slice_scatter.default"):
             return False
-        source = node.all_input_nodes["scatter" in self.target]
-        if source not in self._values:
-            return False
-        given: list[Any] = [*node.args[1 + ("scatter" in self.target) :]]
+        scatter = "scatter" in self.target
+        given: list[Any] = [*node.args[1 + scatter :]]
         defaults: list[Any] = [0, None, None, 1]
-        dim, start, end, step = given + defaults[len(given) :]
-        x = self._values[source]
-        everything = start in (None, 0) and (end is None or (isinstance(end, int) and end >= 1 << 62)) and step == 1
-        return bool(dim % len(self._layout.shape(x)) == x.place and everything)
+        dim, _, _, step = given + defaults[len(given) :]
+        piece: Any = node.args[1] if scatter else node
+        sizes = [v.meta["val"].shape[dim] for v in (node.args[0], piece)]  # type: ignore[union-attr]
+        alike = all(len({self.constants.size(size, batch) for size in sizes}) == 1 for batch in (2, 3))
+        return step == 1 and alike and not isinstance(sizes[0], int)
+
+    def _keep(self, node: torch.fx.Node, source: Any) -> None:
+        """A node whose value is that of another one."""
+        if source in self._values:
+            self._values[node] = self._values[source]
+        else:
+            self.constants.keep(node, source)
 
     def _moved(self, node: torch.fx.Node) -> Laid:
         """Views, and dimensions in another order."""
@@ -212,6 +219,9 @@ class Capture(Graph):
 
     def _captured(self, layer: type[Layer], k: dict[str, Any], value: Any) -> Laid | list[Laid]:
         """The layer written out on lines; its results laid out as its operands are."""
+        k = self._with_dimension(k, value)
+        if self._on_floats(layer, k, value):
+            k = {key: v if key in layer.choosers else _mapped(v, self._as_real) for key, v in k.items()}
         laid = [x for x in _flat(k.values()) if isinstance(x, Laid)]
         first = laid[0]
         if all(x.trivial for x in laid) or not layer.batch_anywhere:
@@ -229,9 +239,59 @@ class Capture(Graph):
         for key in layer.axes:
             names[key] = self._axes(names.get(key), first) if key in names else None
         found = layer.capture(self, **{key: v for key, v in names.items() if key in k})
+        exact = any(self.is_whole(x.line) for x in laid)
         if isinstance(found, list):
-            return [self._result(first, line, val) for line, val in zip(found, value, strict=False)]
-        return self._result(first, found, value)
+            pairs = zip(found, value, strict=False)
+            return [self._result(first, self._typed(line, val, exact=exact), val) for line, val in pairs]
+        return self._result(first, self._typed(found, value, exact=exact), value)
+
+    def _with_dimension(self, k: dict[str, Any], value: Any) -> dict[str, Any]:
+        """Operands that lack the dimension which the call is about, with one element in it."""
+        key = {"aten.select_scatter.default": "src", "aten.stack.default": "tensors"}.get(self.target)
+        if key is None:
+            return k
+        dim = k["dim"] % len(value.shape)
+
+        def wide(x: Any) -> Any:
+            if isinstance(x, list):
+                return [wide(item) for item in x]
+            if isinstance(x, Laid):
+                shape = self._layout.shape(x)
+                return self._layout.view(x, (*shape[:dim], 1, *shape[dim:]))
+            sizes = self.fixed_shape(x)
+            return self.reshaped_weight(x, (*sizes[:dim], 1, *sizes[dim:]))
+
+        return k | {key: wide(k[key])}
+
+    def _on_floats(self, layer: type[Layer], k: dict[str, Any], value: Any) -> bool:
+        """Whether PyTorch computes on floats here, to which it converts the integers among the operands."""
+        first = value[0] if isinstance(value, (list, tuple)) else value
+        operands = _flat(v for key, v in k.items() if key not in layer.choosers)
+        lines = [x.line if isinstance(x, Laid) else x for x in operands]
+        tensors = [x for x in lines if isinstance(x, str) and x in self.types]
+        return bool(first.is_floating_point()) or not all(self.is_whole(x) for x in tensors)
+
+    def _as_real(self, x: Laid) -> Laid:
+        return replace(x, line=self.emit(AsReal(), x.line)) if self.is_whole(x.line) else x
+
+    def _typed(self, line: str, value: Tensor, *, exact: bool) -> str:
+        """A result in the type that PyTorch has it in: `exact` says that integers are among the operands."""
+        if self.is_weight(line):
+            return line
+        if value.is_floating_point():
+            return self.emit(AsReal(), line) if self.is_whole(line) else line
+        if exact and not self.is_whole(line):
+            self.unsupported("integers are computed exactly, for which it has no form; convert first, as in x.float()")
+        if value.dtype in (torch.bool, torch.int64) or not self.is_whole(line):
+            return line
+        assert self.node is not None
+        read = [v.meta["val"].dtype for v in self.node.all_input_nodes if isinstance(v.meta.get("val"), Tensor)]
+        if isinstance(self.made_by(line)[0], (Move, NoOp)) and all(
+            torch.promote_types(dtype, value.dtype) == value.dtype for dtype in read
+        ):
+            return line
+        ends = torch.iinfo(value.dtype)
+        return self.emit(Within(ends.min, ends.max), line)
 
     def _of_rank(self, x: Laid, rank: int) -> Laid:
         shape = self._layout.shape(x)
@@ -281,8 +341,9 @@ class Capture(Graph):
                 self.unsupported(f"its shape came out as {self._layout.shape(found)}, torch has {tuple(value.shape)}")
         return found
 
-    def _arguments(self, node: torch.fx.Node) -> dict[str, Any]:
-        """Arguments by the names of the ATen schema, defaults filled in; values as `Laid`, constants as lines."""
+    def _arguments(self, node: torch.fx.Node, unresolved: Sequence[str] = ()) -> dict[str, Any]:
+        """Arguments by the names of the ATen schema, defaults filled in; values as `Laid`, constants as lines, or as
+        nodes where they stay unresolved."""
         schema = getattr(node.target, "_schema", None)
         if schema is None:
             self.unsupported(f"'{node.target}' is no operator of PyTorch's, but a call with a graph of its own")
@@ -294,7 +355,8 @@ class Capture(Graph):
                 value = node.kwargs[argument.name]
             else:
                 value = argument.default_value if argument.has_default_value() else None
-            out[argument.name] = self._resolve(value)
+            kept = argument.name in unresolved and isinstance(value, torch.fx.Node) and value in self.constants
+            out[argument.name] = value if kept else self._resolve(value)
         return out
 
     def _resolve(self, value: Any) -> Any:

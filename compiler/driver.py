@@ -12,8 +12,9 @@ import torch
 from torch.export import ExportedProgram
 
 from tacit.bug import reported
-from tacit.capture import INTEGERS, Capture, Range
+from tacit.capture import Capture, Range
 from tacit.export import export
+from tacit.graph import INTEGERS
 from tacit.ir.errors import CompileError
 from tacit.ir.ops.model import CountCorrect
 from tacit.ir.ops.roles import Input
@@ -49,13 +50,14 @@ def compile(
     """Compile a trained model into a protocol plan and the shares-to-be of its weights.
 
     model: a torch.nn.Module in evaluation mode, a torch.fx.GraphModule, or an ExportedProgram with a dynamic batch.
-    example_inputs: a float tensor or a tuple of the model's arguments, each a float tensor or a tuple, list or
-        dictionary of them; the first dimension of all is the batch. Indices of an embedding are integers.
+    example_inputs: a tensor or a tuple of the model's arguments, each a tensor or a tuple, list or dictionary of them:
+        floats, integers or truth values. The first dimension of all is the batch.
     reveal: what the client learns: "logits", "argmax", or "correct" (how many of a batch match secret targets).
     protocol: "fused" (three-round comparisons) or "securenn" (the textbook suite, a baseline).
     calibration: inputs on which value ranges are measured, with a margin of one bit; without them, ranges are proved.
     input_range: (low, high), or one such pair for each input. Clients refuse inputs outside it. Default: symmetric,
-        to the power of two at or above twice the largest magnitude of the example, at least 4.
+        to the power of two at or above twice the largest magnitude of the example, at least 4; all that uint8, int8
+        and bool hold. The range of indices is that of the tables they are looked up in, whatever is given here.
     frac_bits: fractional bits of activations, 1 to 20; weights get up to four more. Default: the fewest with which
         logits stay within 2^-8 of the float model's.
     max_error: how far the polynomials that stand for sigmoid, GELU, exp and the like may be from them, over the range
@@ -147,10 +149,11 @@ def _arguments(examples: Any) -> tuple[Any, ...]:
 def _as_tuple(value: Any, what: str) -> tuple[Tensor, ...]:
     items = leaves(value)
     for x in items:
-        fit = isinstance(x, torch.Tensor) and len(x.shape) >= 2 and len(x) > 0
-        if not fit or not (x.is_floating_point() or x.dtype in INTEGERS):
+        whole = isinstance(x, torch.Tensor) and x.dtype in (*INTEGERS, torch.bool)
+        fit = isinstance(x, torch.Tensor) and len(x.shape) >= (1 if whole else 2) and len(x) > 0
+        if not fit or not (x.is_floating_point() or whole):
             raise CompileError(
-                f"{what} has to be a float tensor (or indices of an embedding), or a tuple of them, with the batch as "
+                f"{what} has to be a tensor of floats, integers or truth values, or a tuple of them, with the batch as "
                 "first dimension"
             )
         if not bool(torch.isfinite(x).all()):
@@ -161,10 +164,9 @@ def _as_tuple(value: Any, what: str) -> tuple[Tensor, ...]:
 
 
 def _ranges(given: Range | Sequence[Range] | None, examples: Sequence[Tensor]) -> list[Range]:
+    """For each input; of integers that are indices, the tables tell it."""
     if given is None:
-        reach = [max(_LEAST_REACH, 2 * float(x.abs().max())) for x in examples]  # of indices, the embedding tells it
-        powers = [2.0 ** math.ceil(math.log2(r)) for r in reach]
-        return [(-p, p) for p in powers]
+        return [_type_range(x) or _reach(x) for x in examples]
     try:
         listed: list[Any] = list(given)
         pairs = [listed] * len(examples) if isinstance(listed[0], (int, float)) else listed
@@ -181,16 +183,45 @@ def _ranges(given: Range | Sequence[Range] | None, examples: Sequence[Tensor]) -
     for (low, high), x in zip(out, examples, strict=True):
         if x.is_floating_point() and (float(x.min()) < low or float(x.max()) > high):
             raise CompileError(f"the example input lies outside input_range ({low}, {high})")
-    return out
+    return [pair if x.is_floating_point() else _whole(*pair, x) for pair, x in zip(out, examples, strict=True)]
+
+
+def _reach(x: Tensor) -> Range:
+    """Symmetric, to the power of two at or above twice the largest magnitude."""
+    reach = 2.0 ** math.ceil(math.log2(max(_LEAST_REACH, 2 * float(x.double().abs().max()))))
+    return -reach, reach
+
+
+def _type_range(x: Tensor) -> Range | None:
+    """What a small type holds."""
+    if x.dtype == torch.bool:
+        return 0.0, 1.0
+    small = x.dtype in (torch.uint8, torch.int8)
+    return (float(torch.iinfo(x.dtype).min), float(torch.iinfo(x.dtype).max)) if small else None
+
+
+def _whole(low: float, high: float, x: Tensor) -> Range:
+    """The whole numbers from low to high that the type of x holds."""
+    least, most = _type_range(x) or (low, high)
+    found = float(math.ceil(max(low, least))), float(math.floor(min(high, most)))
+    if found[0] > found[1]:
+        raise CompileError(f"input_range ({low}, {high}) holds no {x.dtype}")
+    return found
 
 
 def _require_fit(plan: Plan, values: Sequence[Tensor], what: str) -> None:
     if len(values) != len(_inputs(plan)):
         raise CompileError(f"{what} holds {len(values)} tensors, the model takes {len(_inputs(plan))} inputs")
-    for (name, _), x in zip(_inputs(plan), values, strict=True):
+    for (name, op), x in zip(_inputs(plan), values, strict=True):
         declared = plan.node(name).type
         if tuple(x.shape) != declared.at(len(x)).dims:
             raise CompileError(f"{what} has shape {tuple(x.shape)} where the model takes {declared}")
+        low, high = op.ends(x.shape[1:])
+        if op.integers and bool(((x < low) | (x > high)).any()):
+            raise CompileError(
+                f"{what} holds integers for '{op.label}' outside of [{op.low:.0f}, {op.high:.0f}]"
+                f"{', or of the range of their place' if op.along else ''}, where their tables or input_range end"
+            )
 
 
 def _inputs(plan: Plan) -> list[tuple[str, Input]]:
@@ -208,7 +239,8 @@ def _probes(plan: Plan, examples: Sequence[Tensor], calibration: Sequence[Tensor
     chosen = {}
     for (_, op), x in zip(inputs, examples, strict=True):
         spread = torch.rand((_PROBES, *x.shape[1:]), generator=generator, dtype=torch.float64)
-        spread = op.low + spread * (op.high - op.low)
+        low, high = op.ends(x.shape[1:])
+        spread = low + spread * (high - low)
         chosen[op.label] = torch.cat([x[:_PROBES].double(), spread.round() if op.integers else spread])
     return _with_targets(plan, chosen)
 

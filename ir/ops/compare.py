@@ -13,6 +13,7 @@ from tacit.ir.ops import choice, local
 from tacit.ir.ops.arithmetic import Add, AddScalar, Mul, MulScalar
 from tacit.ir.ops.layer import Layer, real
 from tacit.ir.ops.model import ModelOp
+from tacit.ir.ops.products import Times
 from tacit.ir.types import Batch, Type, broadcast
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ class Comparison(ModelOp):
     batch_anywhere = True
 
     strict: bool = False
+
+    def is_whole(self, *operands: bool) -> bool:
+        return True
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         return (args[0] > 0 if self.strict else args[0] >= 0).to(args[0].dtype)
@@ -57,6 +61,9 @@ class Selection(ModelOp):
     batch_anywhere = True
 
     strict: bool = False
+
+    def is_whole(self, *operands: bool) -> bool:
+        return operands[1]
 
     def infer(self, *args: Type) -> Type:
         shape = broadcast(args[0].shape, args[1].shape)
@@ -91,11 +98,9 @@ class Compare(Layer):
         d = difference(graph, k["self"], k["other"])
         if name in ("gt", "ge"):
             return graph.emit(Comparison(strict=name == "gt"), d)
-        back = graph.emit(MulScalar(-1.0), d)
         if name in ("lt", "le"):
-            return graph.emit(Comparison(strict=name == "lt"), back)
-        equal = together(graph, graph.emit(Comparison(), d), graph.emit(Comparison(), back), -1.0)
-        return equal if name == "eq" else negation(graph, equal)
+            return graph.emit(Comparison(strict=name == "lt"), graph.emit(MulScalar(-1.0), d))
+        return unequal(graph, d) if name == "ne" else equal(graph, d)
 
 
 class Logic(Layer):
@@ -116,12 +121,12 @@ class Logic(Layer):
         if name == "not":
             return negation(graph, k["self"])
         both = together(graph, k["self"], k["other"], -1.0)
-        if name == "and":
-            return graph.emit(Comparison(strict=True), both)
         if name == "or":
             return graph.emit(Comparison(), both)
-        either, twice = graph.emit(Comparison(), both), graph.emit(Comparison(strict=True), both)
-        return together(graph, either, graph.emit(MulScalar(-1.0), twice), 0.0)
+        twice = graph.emit(Comparison(strict=True), both)
+        if name == "and":
+            return twice
+        return together(graph, graph.emit(Comparison(), both), graph.emit(MulScalar(-1.0), twice), 0.0)
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,9 @@ class Sign(ModelOp):
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str:
         return graph.emit(cls(), k["self"])
+
+    def is_whole(self, *operands: bool) -> bool:
+        return True
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         return args[0].sign()
@@ -162,6 +170,7 @@ class Where(Layer):
         "aten.masked_fill_.Tensor",
     )
     batch_anywhere = True
+    choosers = ("mask", "condition")
 
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str:
@@ -198,6 +207,23 @@ def difference(graph: Capture, x: str, y: Any) -> str:
     if graph.is_weight(x):
         return graph.emit(Add(), graph.emit(MulScalar(-1.0), y), x)
     return graph.emit(Add(), x, graph.emit(MulScalar(-1.0), y))
+
+
+def equal(graph: Capture, d: str) -> str:
+    """d == 0."""
+    back = graph.emit(MulScalar(-1.0), d)
+    return together(graph, graph.emit(Comparison(), d), graph.emit(Comparison(), back), -1.0)
+
+
+def unequal(graph: Capture, d: str) -> str:
+    """d != 0."""
+    return negation(graph, equal(graph, d))
+
+
+def either(graph: Capture, x: str, y: Any) -> str:
+    """x or y, of truth values."""
+    total = together(graph, x, y, 0.0) if isinstance(y, str) else graph.emit(AddScalar(float(y)), x)
+    return graph.emit(Comparison(strict=True), total)
 
 
 def together(graph: Capture, x: str, y: str, constant: float) -> str:
@@ -237,19 +263,19 @@ def _masked(graph: Capture, mask: str, x: Any, y: Any) -> str:
         if not isinstance(value, str):
             parts.append(graph.emit(MulScalar(graph.scalar(value)), factor))
         else:
-            parts.append(graph.emit(Mul(), *((factor, value) if graph.is_weight(value) else (value, factor))))
+            parts.append(Mul.of(graph, *((factor, value) if graph.is_weight(value) else (value, factor))))
     return together(graph, parts[0], parts[1], 0.0)
 
 
 def selected(graph: Capture, bit: str, x: str, y: str | float | None) -> str:
     """x where the secret truth value is 1, else y, which is 0 if there is none."""
-    op = graph.op(bit)
-    if isinstance(op, Comparison):
-        strict, d = op.strict, graph.operands(bit)[0]
+    op, bit, gain = graph.op(bit), graph.whole_of(bit), x if not y else difference(graph, x, y)
+    if graph.is_weight(gain):
+        out = Mul.of(graph, bit, gain)
+    elif isinstance(op, Comparison):
+        out = graph.emit(Selection(op.strict), graph.operands(bit)[0], gain)
     else:
-        strict, d = True, graph.emit(AddScalar(-0.5), bit)
-    gain = x if not y else difference(graph, x, y)
-    out = graph.emit(Mul(), bit, gain) if graph.is_weight(gain) else graph.emit(Selection(strict), d, gain)
+        out = graph.emit(Times(), gain, bit)
     if not y:
         return out
     return together(graph, out, y, 0.0) if isinstance(y, str) else graph.emit(AddScalar(y), out)

@@ -32,6 +32,9 @@ class Times(ModelOp):
     name = "model.times"
     batch_anywhere = True
 
+    def is_whole(self, *operands: bool) -> bool:
+        return all(operands)
+
     def infer(self, *args: Type) -> Type:
         shape = broadcast(args[0].shape, args[1].shape)
         expect(isinstance(shape[0], Batch), f"{args[0]} and {args[1]} do not share their batch")
@@ -238,7 +241,10 @@ class Einsum(Layer):
 
 
 def product(graph: Capture, x: str, y: str) -> str:
-    """x y; as a selection where one of them is the result of a comparison; sign(x) |x| is x."""
+    """x y; as a selection where one of them is the result of a comparison; sign(x) |x| is x.
+
+    Of two factors one may stay whole: the product has the fractional bits of the other, and none to truncate.
+    """
     from tacit.ir.ops.compare import Comparison, Sign, selected
     from tacit.ir.ops.known import Absolute
 
@@ -249,7 +255,9 @@ def product(graph: Capture, x: str, y: str) -> str:
             (signed,), (other,) = graph.operands(bit), graph.operands(value)
             if signed == other:
                 return signed
-    return graph.emit(Times(), x, y)
+    if graph.whole_of(x) != x != y:
+        return graph.emit(Times(), graph.whole_of(x), y)
+    return graph.emit(Times(), x, y if x == y else graph.whole_of(y))
 
 
 def quotient(graph: Capture, x: str, y: str) -> str:

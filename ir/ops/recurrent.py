@@ -43,6 +43,9 @@ class RunningSum(Layer, LocalOp):
     def capture(cls, graph: Capture, **k: Any) -> str:
         return graph.emit(cls(k["dim"]), k["self"])
 
+    def is_whole(self, *operands: bool) -> bool:
+        return all(operands)
+
     def infer(self, x: Type) -> Type:
         expect(x.kind in ("real", "secret"), f"expected a real or secret operand, found {x}")
         expect(0 < self.axis < len(x.shape), f"axis {self.axis} is not one of {x}, or is the batch")

@@ -1,0 +1,81 @@
+"""Whole numbers, which have no fractional bits and are exact: the ends of their type, and of a table's indices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tacit.ir.errors import CompileError
+from tacit.ir.op import LocalOp, Sample, expect, expect_kind
+from tacit.ir.ops.layer import real
+from tacit.ir.ops.model import ModelOp
+from tacit.ir.ranges import Interval
+from tacit.ir.types import Batch, Type
+
+if TYPE_CHECKING:
+    from tacit.ir.build import FixedBuilder
+
+Tensor = torch.Tensor
+_N = Batch()
+
+
+def require_within(x: Interval, low: int, high: int, what: str, remedy: str) -> None:
+    """Stop where whole numbers may lie outside; bounds of sums hold a little slack, of less than one."""
+    least, most = x.ends
+    if least <= low - 1 or most >= high + 1:
+        raise CompileError(f"{what} may lie in [{least:.0f}, {most:.0f}], outside of [{low}, {high}]; {remedy}")
+
+
+@dataclass(frozen=True)
+class FixedWithin(LocalOp):
+    """The same whole numbers, proved to lie between these ends, at which the type that PyTorch has them in wraps."""
+
+    name = "within"
+
+    low: int
+    high: int
+
+    def infer(self, x: Type) -> Type:
+        expect_kind("secret", x)
+        expect(x.frac == 0 and self.low <= self.high, f"{x} are no whole numbers from {self.low} to {self.high}")
+        return x
+
+    def compute(self, ring: Any, *shares: Tensor) -> Tensor:
+        return shares[0]
+
+    def bound(self, x: Interval) -> Interval:
+        remedy = (
+            "PyTorch wraps them around there: convert to int64 first, as in x.long(), or give a narrower input_range"
+        )
+        require_within(x, self.low, self.high, "its integers", remedy)
+        return x
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        return (Sample(cls(-(2**31), 2**31 - 1), (Type("secret", (_N, 5), 0, 20),)),)
+
+
+@dataclass(frozen=True)
+class Within(ModelOp):
+    """Integers of a type that wraps at these ends."""
+
+    name = "model.within"
+    batch_anywhere = True
+
+    low: int
+    high: int
+
+    def is_whole(self, *operands: bool) -> bool:
+        return all(operands)
+
+    def reference(self, oracle: Any, *args: Tensor) -> Tensor:
+        return args[0]
+
+    def expand(self, b: FixedBuilder, *args: str) -> str:
+        return b.emit(FixedWithin(self.low, self.high), args[0])
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        return (Sample(cls(0, 255), (real(_N, 7),)),)
