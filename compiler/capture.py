@@ -57,7 +57,7 @@ class Capture(Graph):
         self._layers = layers()
         super().__init__(simplified(program, self._layers.keys() | _VIEWS | _PERMUTATIONS))
         self._values: dict[torch.fx.Node, Any] = {}  # a Laid, or a list of them for several results
-        self._lines: dict[torch.fx.Node, str] = {}  # of constants that are in use
+        self._lines: dict[torch.fx.Node, str | Laid] = {}  # of constants that are in use
         self._sources: dict[torch.fx.Node, tuple[str, Tensor]] = {}  # parameters and buffers
         self._ranges = list(ranges)
         self._layout = Layout(self, self.unsupported)
@@ -118,7 +118,7 @@ class Capture(Graph):
         if not isinstance(value, torch.Tensor) or value.dtype not in (*FLOATS, *INTEGERS, torch.bool):
             kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
             self.unsupported(
-                f"input '{node.name}' is {kind}; inputs are tensors of float32, float64, integers or truth values"
+                f"input '{node.name}' is {kind}; inputs are float32, float64, int8 to int64, uint8 or bool"
             )
         if value.dim() < 1 or isinstance(value.shape[0], int):
             self.unsupported(
@@ -370,13 +370,15 @@ class Capture(Graph):
             return self.constants.number(value)
         if value not in self._lines:
             try:
-                tensor = self.constants.value(value)
+                found = self.constants.value(value)
             except NotConstant as reason:
                 self.unsupported(str(reason))
             label = (
                 self._sources[value][0] if value in self._sources else f"{module_path(value) or 'model'}.{value.name}"
             )
-            self._lines[value] = self.weight(label, tensor)
+            line = self.weight(label, found.value)
+            laid = Laid(line, found.place, found.left, found.right)
+            self._lines[value] = self._layout.joined(replace(laid, line=self.valued(line))) if found.flattened else line
         return self._lines[value]
 
     def _output(self, node: torch.fx.Node, reveal: str) -> str:

@@ -8,6 +8,7 @@ are equal is seen in a second run in float64, in which such differences are far 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,24 @@ _RANDOM = ("rand", "bernoulli", "multinomial", "normal", "dropout", "empty")
 
 class NotConstant(Exception):
     """What keeps a value from being computed; shown to the user."""
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A constant once, with one element along dimensions in which the batch alone repeats it.
+
+    Where a dimension has others beside the batch in it, as after x.flatten(0, 1), `place` says which, and `left` and
+    `right` how many there are on its two sides, in dimensions of their own; the batch is then in front of them all.
+    """
+
+    value: Tensor
+    place: int = 0
+    left: int = 1
+    right: int = 1
+
+    @property
+    def flattened(self) -> bool:
+        return self.left * self.right > 1
 
 
 class Constants:
@@ -104,29 +123,27 @@ class Constants:
             return value
         return int(value.node.expr.subs(dict.fromkeys(self.symbols, batch)))
 
-    def value(self, node: torch.fx.Node) -> Tensor:
-        """The tensor, with one element along a dimension in which the batch repeats it; raises NotConstant."""
+    def value(self, node: torch.fx.Node) -> Repeated:
+        """The tensor without what the batch repeats; raises NotConstant."""
         values = self._values[node]
         first = values[0]
         if not isinstance(first, torch.Tensor):
             raise NotConstant("a constant that is no tensor")
         if len(values) == 1:
-            return first
-        shape = [1 if a != b else a for a, b in zip(first.shape, values[1].shape, strict=True)]
-        once = tuple(slice(0, n) for n in shape)
-        if not all(_alike(double, self._doubles[node][0][once]) for double in self._doubles[node]):
-            raise NotConstant("a constant that depends on the place in the batch; make it the same for all elements")
-        return first[once]
-
-    def block(self, node: torch.fx.Node, count: int) -> Tensor:
-        """Of a tensor that repeats so many rows once for each element of the batch, these; raises NotConstant."""
-        rows = [double.reshape(-1, count, *double.shape[1:]) for double in self._doubles.get(node, ())]
-        if not rows:
-            raise NotConstant("a constant without a batch dimension, beside values that have one")
-        if not all(_alike(x, rows[0][:1]) for x in rows):
-            raise NotConstant("a constant that depends on the place in the batch; make it the same for all elements")
-        found: Tensor = self._values[node][0][:count]
-        return found
+            return Repeated(first)
+        doubles = self._doubles[node]
+        grown = [dim for dim, (a, b) in enumerate(zip(first.shape, values[1].shape, strict=True)) if a != b]
+        once = tuple(slice(0, 1) if dim in grown else slice(None) for dim in range(first.dim()))
+        if all(_alike(double, doubles[0][once]) for double in doubles):
+            return Repeated(first[once])
+        if len(grown) == 1:
+            (dim,) = grown
+            count, rest = divmod(first.shape[dim], _BATCHES[0])
+            for left in (n for n in range(1, count + 1) if not rest and count > 1 and count % n == 0):
+                apart = [_apart(x, dim, left, batch) for x, batch in zip(doubles, _BATCHES, strict=True)]
+                if all(_alike(x, apart[0][:1]) for x in apart):
+                    return Repeated(_apart(first, dim, left, _BATCHES[0])[:1], dim, left, count // left)
+        raise NotConstant("a constant that depends on the place in the batch; make it the same for all elements")
 
     def trials(self, node: torch.fx.Node) -> dict[int, Tensor]:
         """The value of a constant by batch size, of those that were tried."""
@@ -144,6 +161,14 @@ def _double(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.double() if value.dtype == torch.float32 else value
     return torch.float64 if value is torch.float32 else value
+
+
+def _apart(value: Tensor, dim: int, left: int, batch: int) -> Tensor:
+    """With the batch in front, and what was joined with it at `dim` on either side in dimensions of its own."""
+    before, after = value.shape[:dim], value.shape[dim + 1 :]
+    right = value.shape[dim] // (left * batch)
+    split = value.reshape(*before, left, batch, right, *after).movedim(dim + 1, 0)
+    return split.reshape(batch, *before, *(n for n in (left, right) if n > 1), *after)
 
 
 def _alike(value: Tensor, once: Tensor) -> bool:

@@ -10,15 +10,17 @@ from typing import Any, NoReturn
 import torch
 from torch.export import ExportedProgram
 
-from tacit.constants import Constants, NotConstant
+from tacit.constants import Constants
 from tacit.export import module_path, source_line
 from tacit.indices import Indices
 from tacit.ir.build import Builder
 from tacit.ir.errors import CompileError, draw
 from tacit.ir.op import Level, Op
+from tacit.ir.ops.arithmetic import Add, MulScalar
 from tacit.ir.ops.layer import Layer
 from tacit.ir.ops.model import AsReal
-from tacit.ir.ops.roles import Weight
+from tacit.ir.ops.moves import Move, Reshape, Slice
+from tacit.ir.ops.roles import Input, Weight
 from tacit.ir.types import Batch, Dim, Type, dim_at
 
 Tensor = torch.Tensor
@@ -81,6 +83,8 @@ class Graph(Builder):
         self._ops[line] = (op, args)
         if whole:
             self.wholes.add(line)
+        if isinstance(op, Move) and all(self.is_truth(arg) for arg in args):
+            self.truths.add(line)
         return line
 
     def is_weight(self, name: str) -> bool:
@@ -125,12 +129,19 @@ class Graph(Builder):
             label += "_"
         return self.weight(unique, value)
 
-    def block(self, node: torch.fx.Node, count: int) -> Tensor:
-        """The rows that a constant with a batch dimension repeats, so many of them, for each element of the batch."""
-        try:
-            return self.constants.block(node, count)
-        except NotConstant as reason:
-            self.unsupported(str(reason))
+    def valued(self, weight: str, rank: int = 0) -> str:
+        """A constant as a value, of that rank at least, for what takes two of these; it comes with a batch of one."""
+        shape = self.fixed_shape(weight)
+        weight = self.reshaped_weight(weight, (*(1,) * (rank - len(shape)), *shape))
+        inputs = sorted((n for n in self.nodes if isinstance(n.op, Input)), key=lambda n: self.is_whole(n.name))
+        base = inputs[-1 if self.is_whole(weight) else 0].name
+        if self.is_whole(weight) and not self.is_whole(base):
+            self.unsupported("integers that repeat along the batch, in a model without an input of integers")
+        flat = self.emit(Reshape((math.prod(self.fixed_shape(base)[1:]),)), base)
+        first = self.emit(Slice(1, 0, 1), flat)
+        first = first if self.is_whole(weight) == self.is_whole(base) else self.emit(AsReal(), first)
+        nothing = self.emit(Reshape((1,) * (len(self.fixed_shape(weight)) - 1)), self.emit(MulScalar(0.0), first))
+        return self.emit(Add(), nothing, weight)
 
     def reshaped_weight(self, name: str, shape: Sequence[int]) -> str:
         """A constant in another shape."""

@@ -45,7 +45,7 @@ class Origin:
 
     def scaled(self, by: Any) -> Origin:
         factor = self.factor * by
-        return Origin(self.source.expand_as(factor), factor, self.offset * by)
+        return Origin(torch.where(factor == 0, 0, self.source), factor, self.offset * by)
 
     def plus(self, other: Origin) -> Origin | None:
         """The sum; None where it is of two different elements."""
@@ -75,13 +75,17 @@ class Indices:
         source = torch.arange(first, first + count).reshape(shape)
         self._origins[line] = Origin(source, torch.ones_like(source), torch.zeros_like(source))
 
-    def require_below(self, line: str, size: int) -> None:
-        """The line holds indices of a table of that many rows."""
+    def below(self, line: str, size: int) -> str:
+        """The line, whose integers are indices of a table of that many rows."""
         if not self._graph.is_whole(line):
             self._graph.unsupported("indices that are not exact; compute them of integers alone")
         origin = self._origin(line)
         if origin is None:
-            return
+            return line
+        self._require(origin, size)
+        return line if line in self._first else self._graph.emit(Within(0, size - 1, claimed=True), line)
+
+    def _require(self, origin: Origin, size: int) -> None:
         fixed = origin.factor == 0
         if bool((fixed & ((origin.offset < 0) | (origin.offset >= size))).any()):
             self._graph.unsupported(f"a constant among its indices lies outside of the table of {size} rows")

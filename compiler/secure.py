@@ -261,8 +261,10 @@ def check_input(node: Node, value: Tensor) -> Tensor:
         raise InputError(f"input '{op.label}' is {value.dtype}, the plan takes {takes}{' or torch.bool' * truths}")
     if not bool(torch.isfinite(value).all()):
         raise InputError(f"input '{op.label}' holds NaN or infinity")
-    low, high = op.ends(value.shape[1:])
-    outside = int(((value < low) | (value > high)).sum())
+    value = value.detach().cpu()
+    ends = op.ends(value.shape[1:]) if op.along else (op.low, op.high)
+    found = value.double() if op.integers else value  # exact, as every range ends below 2^53
+    outside = int(((found < ends[0]) | (found > ends[1])).sum())
     if outside:
         remedy = "compile with a wider input_range"
         raise InputError(
@@ -270,7 +272,7 @@ def check_input(node: Node, value: Tensor) -> Tensor:
             f"{'of their place, within ' if op.along else ''}[{op.low}, {op.high}] for which the plan was compiled; "
             f"{f'indices end with their tables, else {remedy}' if op.integers else remedy}"
         )
-    return value.detach().cpu()
+    return value
 
 
 def _fingerprint(weights: Mapping[str, Tensor]) -> str:

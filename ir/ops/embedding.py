@@ -127,8 +127,7 @@ class Embedding(ModelOp):
 
     @classmethod
     def of(cls, graph: Capture, indices: str, table: str) -> str:
-        graph.indices.require_below(indices, graph.fixed_shape(table)[0])
-        return graph.emit(cls(), indices, table)
+        return graph.emit(cls(), graph.indices.below(indices, graph.fixed_shape(table)[0]), table)
 
     def infer(self, *args: Type) -> Type:
         expect(len(args) == 2 and len(args[1].shape) == 2, "it takes indices and a table")
@@ -177,8 +176,7 @@ class OneHotRows(ModelOp):
 
     @classmethod
     def of(cls, graph: Capture, indices: str, classes: int) -> str:
-        graph.indices.require_below(indices, classes)
-        return graph.emit(cls(classes), indices)
+        return graph.emit(cls(classes), graph.indices.below(indices, classes))
 
     def is_whole(self, *operands: bool) -> bool:
         return all(operands)
@@ -227,7 +225,7 @@ class EmbeddingBag(Layer):
     aten = ("aten.embedding_bag.padding_idx", "aten.embedding_bag.default", "aten._embedding_bag.default")
     own_weights = ("weight",)
     choosers = ("indices",)
-    unresolved = ("offsets", "per_sample_weights")
+    unresolved = ("offsets",)
 
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> list[str]:
@@ -245,7 +243,7 @@ class EmbeddingBag(Layer):
             table = graph.constant("without_padding", rows)
         if k["per_sample_weights"] is not None:
             return [cls._weighted(graph, indices, table, k["per_sample_weights"])]
-        graph.indices.require_below(indices, graph.fixed_shape(table)[0])
+        indices = graph.indices.below(indices, graph.fixed_shape(table)[0])
         total = graph.emit(SumOfRows(), indices, table)
         if k["mode"] == _SUM:
             return [total]
@@ -260,15 +258,13 @@ class EmbeddingBag(Layer):
         return trials is not None and all(torch.equal(v, torch.arange(n) * count) for n, v in trials.items())
 
     @staticmethod
-    def _weighted(graph: Capture, indices: str, table: str, weights: Any) -> str:
-        """A sum whose terms have weights: constant ones, the same for all of the batch, or values."""
+    def _weighted(graph: Capture, indices: str, table: str, weights: str) -> str:
+        """A sum whose terms have weights."""
         rows, count = Embedding.of(graph, indices, table), graph.fixed_shape(indices)[1]
-        if isinstance(weights, str):
-            weights = graph.emit(Reshape((count, 1), 1), weights)
-        else:
-            weights = graph.constant("per_sample_weights", graph.block(weights, count).reshape(count, 1))
-        times = Mul.of if graph.is_weight(weights) else product
-        total = graph.emit(SumAlong((1,)), times(graph, rows, weights))
+        constant = graph.is_weight(weights)  # one number for all, as others of the length of a bag are values
+        shaped = graph.reshaped_weight(weights, (1, 1)) if constant else graph.emit(Reshape((count, 1), 1), weights)
+        times = Mul.of if constant else product
+        total = graph.emit(SumAlong((1,)), times(graph, rows, shaped))
         return reshaped(graph, total, graph.fixed_shape(total)[2:])
 
     @staticmethod

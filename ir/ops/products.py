@@ -126,6 +126,7 @@ class MatrixProduct(Layer):
 
     @staticmethod
     def of(graph: Capture, x: str, y: str) -> str:
+        x, y = (_several(graph, line, other) for line, other in ((x, y), (y, x)))
         if graph.is_weight(y):
             return constant_on_the_right(graph, x, y)
         if graph.is_weight(x):
@@ -147,6 +148,12 @@ class MatrixProduct(Layer):
                 for line in (x, y)
             )
         return graph.emit(MatMul(), x, y)
+
+
+def _several(graph: Capture, x: str, other: str) -> str:
+    """A constant of several matrices as a value; anything else as it stands."""
+    rank, dims = len(graph.shape(other)), len(graph.fixed_shape(x))
+    return graph.valued(x, rank) if graph.is_weight(x) and 3 <= dims <= rank else x
 
 
 def constant_on_the_right(graph: Capture, x: str, w: str) -> str:

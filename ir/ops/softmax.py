@@ -198,8 +198,8 @@ class ScaledDotProductAttention(Layer):
         if k.get("enable_gqa"):
             graph.unsupported("attention with grouped queries; repeat keys and values for each group")
         q, key, v = k["query"], k["key"], k["value"]
-        if any(graph.is_weight(x) for x in (q, key, v)):
-            graph.unsupported("attention one of whose operands is constant")
+        rank = max(len(graph.shape(x)) for x in (q, key, v))
+        q, key, v = (graph.valued(x, rank) if graph.is_weight(x) else x for x in (q, key, v))
         scale = graph.scalar(k["scale"]) if k["scale"] else graph.fixed_shape(q)[-1] ** -0.5
         mask = k["attn_mask"]
         if k["is_causal"]:

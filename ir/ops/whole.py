@@ -59,13 +59,15 @@ class FixedWithin(LocalOp):
 
 @dataclass(frozen=True)
 class Within(ModelOp):
-    """Integers of a type that wraps at these ends."""
+    """Integers of a type that wraps at these ends, which is to be proved; or known to lie between them, as indices do
+    where the client refuses others."""
 
     name = "model.within"
     batch_anywhere = True
 
     low: int
     high: int
+    claimed: bool = False
 
     def is_whole(self, *operands: bool) -> bool:
         return all(operands)
@@ -74,8 +76,10 @@ class Within(ModelOp):
         return args[0]
 
     def expand(self, b: FixedBuilder, *args: str) -> str:
+        if self.claimed:
+            return b.known(args[0], low=self.low, high=self.high)
         return b.emit(FixedWithin(self.low, self.high), args[0])
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
-        return (Sample(cls(0, 255), (real(_N, 7),)),)
+        return tuple(Sample(cls(0, 255, claimed), (real(_N, 7),)) for claimed in (False, True))
