@@ -19,7 +19,7 @@ _BATCHES = (2, 3)
 # Elements that repeat one another in float64: to the precision of float32, and to rounding beside the largest of them.
 _RELATIVE, _ABSOLUTE = 2.0**-22, 2.0**-36
 _SHAPE_ALONE = ("new_", "_like.", "aten.fill.", "aten.zero.", "aten.copy.")  # read no value of their first operand
-_RANDOM = ("rand", "bernoulli", "multinomial", "normal", "dropout", "empty")
+_RANDOM = ("rand", "bernoulli", "multinomial", "normal", "dropout")
 
 
 class NotConstant(Exception):
@@ -70,7 +70,7 @@ class Constants:
             return False
         name = str(node.target).split(".")[-2] if "." in str(node.target) else str(node.target)
         if any(word in name for word in _RANDOM) and "eval" not in name and not self._harmless(node, name):
-            raise NotConstant(f"'{node.target}' is random, or of undefined content; pass its values as an input")
+            raise NotConstant(f"'{node.target}' is random; pass its values as an input")
         if any(self._varies(arg) for arg in node.all_input_nodes):
             self._doubles[node] = tuple(self._run(node, i, doubles=True) for i in range(len(_BATCHES)))
             self._values[node] = tuple(self._run(node, i) for i in range(len(_BATCHES)))
@@ -106,6 +106,8 @@ class Constants:
         assert callable(node.target)
         with torch.no_grad():
             found = node.target(*args, **kwargs)
+        if ".empty" in str(node.target) or ".new_empty" in str(node.target):
+            found.zero_()  # memory as it was found may hold these; models write over it
         return pytree.tree_map(_double, found) if doubles else found
 
     def _at(self, node: torch.fx.Node, trial: int, doubles: bool) -> Any:

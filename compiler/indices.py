@@ -80,10 +80,11 @@ class Indices:
         if not self._graph.is_whole(line):
             self._graph.unsupported("indices that are not exact; compute them of integers alone")
         origin = self._origin(line)
-        if origin is None:
+        if origin is not None:
+            self._require(origin, size)
+        if line in self._first:
             return line
-        self._require(origin, size)
-        return line if line in self._first else self._graph.emit(Within(0, size - 1, claimed=True), line)
+        return self._graph.emit(Within(0, size - 1, indices=True, claimed=origin is not None), line)
 
     def _require(self, origin: Origin, size: int) -> None:
         fixed = origin.factor == 0

@@ -21,21 +21,15 @@ Tensor = torch.Tensor
 _N = Batch()
 
 
-def require_within(x: Interval, low: int, high: int, what: str, remedy: str) -> None:
-    """Stop where whole numbers may lie outside; bounds of sums hold a little slack, of less than one."""
-    least, most = x.ends
-    if least <= low - 1 or most >= high + 1:
-        raise CompileError(f"{what} may lie in [{least:.0f}, {most:.0f}], outside of [{low}, {high}]; {remedy}")
-
-
 @dataclass(frozen=True)
 class FixedWithin(LocalOp):
-    """The same whole numbers, proved to lie between these ends, at which the type that PyTorch has them in wraps."""
+    """The same whole numbers, proved to lie between these ends: those of a type, or of the indices of a table."""
 
     name = "within"
 
     low: int
     high: int
+    indices: bool = False
 
     def infer(self, x: Type) -> Type:
         expect_kind("secret", x)
@@ -46,10 +40,11 @@ class FixedWithin(LocalOp):
         return shares[0]
 
     def bound(self, x: Interval) -> Interval:
-        remedy = (
-            "PyTorch wraps them around there: convert to int64 first, as in x.long(), or give a narrower input_range"
-        )
-        require_within(x, self.low, self.high, "its integers", remedy)
+        least, most = x.ends
+        if least <= self.low - 1 or most >= self.high + 1:  # bounds of sums hold a little slack, of less than one
+            what, remedy = ("indices", _REFUSES) if self.indices else ("integers", _WRAPS)
+            ends = f"[{least:.0f}, {most:.0f}], outside of [{self.low}, {self.high}]"
+            raise CompileError(f"its {what} may lie in {ends}; {remedy}")
         return x
 
     @classmethod
@@ -57,16 +52,23 @@ class FixedWithin(LocalOp):
         return (Sample(cls(-(2**31), 2**31 - 1), (Type("secret", (_N, 5), 0, 20),)),)
 
 
+_WRAPS = "PyTorch wraps them around there: convert to int64 first, as in x.long(), or give a narrower input_range"
+_REFUSES = "PyTorch refuses these: clamp them, or declare with input_range which integers there are"
+
+
 @dataclass(frozen=True)
 class Within(ModelOp):
-    """Integers of a type that wraps at these ends, which is to be proved; or known to lie between them, as indices do
-    where the client refuses others."""
+    """Integers of a type that wraps at these ends, or indices of a table that ends there.
+
+    That they lie between is proved with the ranges, or is `claimed`: as the client refuses what would lead to others.
+    """
 
     name = "model.within"
     batch_anywhere = True
 
     low: int
     high: int
+    indices: bool = False
     claimed: bool = False
 
     def is_whole(self, *operands: bool) -> bool:
@@ -78,8 +80,8 @@ class Within(ModelOp):
     def expand(self, b: FixedBuilder, *args: str) -> str:
         if self.claimed:
             return b.known(args[0], low=self.low, high=self.high)
-        return b.emit(FixedWithin(self.low, self.high), args[0])
+        return b.emit(FixedWithin(self.low, self.high, self.indices), args[0])
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
-        return tuple(Sample(cls(0, 255, claimed), (real(_N, 7),)) for claimed in (False, True))
+        return tuple(Sample(cls(0, 255, claimed=claimed), (real(_N, 7),)) for claimed in (False, True))
