@@ -26,6 +26,12 @@ from tacit.ir.types import Batch, Dim, Type, dim_at
 Tensor = torch.Tensor
 FLOATS = (torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_SOFTMAXES = {"softmax", "safe_softmax"}
+_KEEPS_SCORES = {
+    "add", "alias", "baddbmm", "clone", "contiguous", "expand", "flatten", "masked_fill", "permute", "repeat",
+    "reshape", "select", "slice", "squeeze", "to", "to_copy", "transpose", "type_as", "unflatten", "unsafe_view",
+    "unsqueeze", "view", "view_as"
+}  # fmt: skip
 
 
 class Graph(Builder):
@@ -106,10 +112,10 @@ class Graph(Builder):
         """The op of a line and its operands; nothing for an input or a weight."""
         return self._ops.get(name, (None, ()))
 
-    def whole_of(self, name: str) -> str:
-        """The whole numbers that a line has as reals; the line itself where they are none."""
+    def whole_of(self, name: str, *beside: float) -> str:
+        """The whole numbers that a line has as reals; the line itself where it has none, or one of `beside` is none."""
         op, args = self.made_by(name)
-        return args[0] if isinstance(op, AsReal) else name
+        return args[0] if isinstance(op, AsReal) and all(x == int(x) for x in beside) else name
 
     def value(self, name: str) -> Tensor:
         """The constant behind a line."""
@@ -170,10 +176,18 @@ class Graph(Builder):
         dtype: torch.dtype = self.node.meta["val"].dtype
         return dtype
 
-    def only_for(self, operator: str) -> bool:
-        """Whether nothing but this operator reads the result of the graph node under way."""
-        assert self.node is not None
-        return all(f".{operator}." in str(user.target) for user in self.node.users)
+    def before_softmax(self, node: torch.fx.Node | None = None) -> bool:
+        """Whether a graph node, the one under way, is read by softmaxes alone, added to and moved about before."""
+        node = node or self.node
+        assert node is not None
+
+        def leads_there(user: torch.fx.Node) -> bool:
+            name = str(user.target).removeprefix("aten.").split(".")[0].strip("_")
+            if name == "scaled_dot_product_attention":
+                return node not in user.args[:3]
+            return name in _SOFTMAXES or (name in _KEEPS_SCORES and self.before_softmax(user))
+
+        return bool(node.users) and all(map(leads_there, node.users))
 
     @contextmanager
     def as_target(self, target: str) -> Iterator[None]:

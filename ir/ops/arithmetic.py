@@ -41,7 +41,8 @@ class Add(ModelOp):
         x, y, sign = k["self"], k["other"], -1.0 if graph.target.startswith("aten.sub") else 1.0
         factor = sign * graph.scalar(k["alpha"])
         if not isinstance(y, str):
-            return graph.emit(AddScalar(factor * graph.scalar(y)), x)
+            value = factor * graph.scalar(y)
+            return graph.emit(AddScalar(value), graph.whole_of(x, value))
         if graph.result_dtype() == torch.bool:
             return either(graph, x, y)
         if factor != 1.0:
@@ -95,6 +96,7 @@ class Mul(ModelOp):
 
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str:
+        from tacit.ir.ops.compare import finite
         from tacit.ir.ops.products import product, quotient
 
         x, y = k["self"], k["other"]
@@ -102,7 +104,9 @@ class Mul(ModelOp):
             graph.unsupported("a quotient that is rounded")
         divide = graph.target.startswith("aten.div")
         if not isinstance(y, str):
-            return graph.emit(MulScalar(graph.scalar(inverse(y) if divide else y)), graph.whole_of(x))
+            x = graph.whole_of(x)
+            value = inverse(y) if divide else finite(graph, y) if graph.is_whole(x) else y
+            return graph.emit(MulScalar(graph.scalar(value)), x)
         if divide and graph.is_weight(y):
             y = graph.emit(Reciprocal(), y)
         elif divide:
@@ -162,9 +166,9 @@ class AddScalar(ModelOp):
     def capture(cls, graph: Capture, **k: Any) -> str:
         value, x, alpha = graph.scalar(k["other"]), k["self"], graph.scalar(k["alpha"])
         if graph.target == "aten.rsub.Scalar":  # other - alpha * self
-            return graph.emit(cls(value), graph.emit(MulScalar(-alpha), x))
+            return graph.emit(cls(value), graph.emit(MulScalar(-alpha), graph.whole_of(x, value, alpha)))
         value *= alpha
-        return graph.emit(cls(-value if graph.target == "aten.sub.Scalar" else value), x)
+        return graph.emit(cls(-value if graph.target == "aten.sub.Scalar" else value), graph.whole_of(x, value))
 
     def is_whole(self, *operands: bool) -> bool:
         return all(operands) and self.value == int(self.value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from tacit.ir.ops.arithmetic import Add, AddScalar, Mul, MulScalar
 from tacit.ir.ops.layer import Layer, real
 from tacit.ir.ops.model import ModelOp
 from tacit.ir.ops.products import Times
+from tacit.ir.ops.whole import Within
 from tacit.ir.types import Batch, Type, broadcast
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ Tensor = torch.Tensor
 _N = Batch()
 # What stands for minus infinity before a softmax: exp of it is 0, beside scores of up to some hundreds.
 MASKED = -512.0
+_NO_SCORE = -1e6
 
 
 @dataclass(frozen=True)
@@ -175,10 +176,8 @@ class Where(Layer):
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str:
         if "masked_fill" in graph.target:
-            if k["value"] == -math.inf and graph.only_for("softmax"):
-                k["value"] = MASKED
-            return chosen(graph, k["mask"], k["value"], k["self"])
-        return chosen(graph, k["condition"], k["self"], k["other"])
+            return chosen(graph, k["mask"], finite(graph, k["value"]), k["self"])
+        return chosen(graph, k["condition"], *(finite(graph, k[key]) for key in ("self", "other")))
 
 
 class Threshold(Layer):
@@ -200,6 +199,12 @@ class Threshold(Layer):
         return graph.emit(Add(), *kept)
 
 
+def finite(graph: Capture, value: Any) -> Any:
+    """A number that masks scores of a softmax, minus infinity or as good as that, as one that has few bits."""
+    masks = isinstance(value, (int, float)) and value <= _NO_SCORE and graph.before_softmax()
+    return MASKED if masks else value
+
+
 def difference(graph: Capture, x: str, y: Any) -> str:
     """x - y for tensors and scalars."""
     if not isinstance(y, str):
@@ -212,7 +217,8 @@ def difference(graph: Capture, x: str, y: Any) -> str:
 def equal(graph: Capture, d: str) -> str:
     """d == 0."""
     back = graph.emit(MulScalar(-1.0), d)
-    return together(graph, graph.emit(Comparison(), d), graph.emit(Comparison(), back), -1.0)
+    both = together(graph, graph.emit(Comparison(), d), graph.emit(Comparison(), back), -1.0)
+    return graph.emit(Within(0, 1, claimed=True), both)
 
 
 def unequal(graph: Capture, d: str) -> str:

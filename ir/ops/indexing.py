@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tacit.ir.ops.arithmetic import Add
-from tacit.ir.ops.compare import MASKED, chosen
+from tacit.ir.ops.compare import chosen, finite
 from tacit.ir.ops.layer import Layer
 from tacit.ir.ops.moves import Concat, Expand, reshaped, taken
 
@@ -68,6 +68,8 @@ class Index(Layer):
                 "elements chosen by a mask that depends on the input, of which nobody may see how many there are; keep "
                 "all, and choose by torch.where(mask, x, 0)"
             )
+        if any(graph.is_weight(index) and graph.is_truth(index) for index in k["indices"] if index is not None):
+            graph.unsupported("a mask as an index; write the indices of its true elements")
         places, shape = Places.of(graph, x, k["indices"]), graph.fixed_shape(x)
         out = taken(graph, places.joined(graph, x), places.axis, places.listed)
         return reshaped(graph, out, places.around(shape, *places.flat.shape))
@@ -102,8 +104,8 @@ class IndexPut(Layer):
             )
         more = len(graph.shape(x)) - len(graph.shape(mask))
         mask = reshaped(graph, mask, (*graph.fixed_shape(mask)[1:], *[1] * more))
-        if float(graph.value(source)) == -math.inf and graph.only_for("softmax"):
-            return chosen(graph, mask, MASKED, x)
+        if float(graph.value(source)) == -math.inf:
+            return chosen(graph, mask, finite(graph, -math.inf), x)
         return chosen(graph, mask, graph.reshaped_weight(source, (1,)), x)
 
 
@@ -119,7 +121,8 @@ class Places:
     def of(cls, graph: Capture, x: str, listed: Sequence[str | None]) -> Places:
         """What x is indexed by: an entry for each axis, or for all that a mask of truth values has."""
         if any(not graph.is_weight(index) for index in listed if index is not None):
-            graph.unsupported("an index that depends on the input")
+            table = "; F.embedding(index, table) reads rows of a constant by integers" if graph.is_weight(x) else ""
+            graph.unsupported(f"an index that depends on the input{table}")
         values: list[Tensor | None] = []
         for index in listed:
             value = None if index is None else graph.value(index)
