@@ -8,17 +8,21 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument
 
+from tacit.arguments import slots_of_program
 from tacit.constants import NotConstant
+from tacit.containers import results_of
 from tacit.export import exported_as, module_path, simplified, source_line
 from tacit.graph import FLOATS, INTEGERS
 from tacit.ir.errors import CompileError
 from tacit.ir.op import Level
 from tacit.ir.ops.layer import Layer, layers
-from tacit.ir.ops.model import Argmax, CountCorrect
+from tacit.ir.ops.model import Argmax, CountCorrect, NoOp
 from tacit.ir.ops.outputs import Pack
 from tacit.ir.ops.roles import Input, Weight
 from tacit.ir.plan import Plan
+from tacit.ir.tree import Leaf, Tree
 from tacit.ir.types import Batch, Type
 from tacit.layout import Laid
 from tacit.operands import NUMBERS, Operands, flat, mapped
@@ -54,6 +58,8 @@ class Capture(Operands):
         self._layers = layers()
         super().__init__(simplified(program, self._layers.keys() | _VIEWS | _PERMUTATIONS))
         self._ranges = list(ranges)
+        self._slots = {slot.label: slot for slot in slots_of_program(self.program)}
+        self.answer: Tree = None  # the structure of the results in the model's own classes; None for a lone tensor
 
     def run(self, name: str, reveal: str) -> Plan:
         """The whole graph, with the argmax or the count that `reveal` asks for."""
@@ -93,9 +99,11 @@ class Capture(Operands):
 
     def _placeholder(self, node: torch.fx.Node) -> None:
         signature = self.program.graph_signature
-        if node.name in signature.user_inputs:
+        if node.name in self._slots:
             self._input(node)
             return
+        if node.name in {spec.arg.name for spec in signature.input_specs if isinstance(spec.arg, ConstantArgument)}:
+            return  # PyTorch has written it into the graph
         label = (
             signature.inputs_to_parameters | signature.inputs_to_buffers | signature.inputs_to_lifted_tensor_constants
         ).get(node.name)
@@ -126,7 +134,8 @@ class Capture(Operands):
         self.constants.symbols |= value.shape[0].node.expr.free_symbols
         if not self._ranges:
             raise CompileError("the model takes more inputs than there are examples")
-        op = Input(node.name, *self._ranges.pop(0), integers=value.dtype not in FLOATS)
+        options = {"integers": value.dtype not in FLOATS, "by_name": self._slots[node.name].by_name}
+        op = Input(node.name, *self._ranges.pop(0), **options)
         line = self.declare(op, Type("real", tuple(self.dim(d) for d in value.shape)), name=node.name)
         if op.integers:
             self.wholes.add(line)
@@ -254,36 +263,42 @@ class Capture(Operands):
         return found
 
     def _output(self, node: torch.fx.Node, reveal: str) -> str:
-        outputs: Any = node.args[0]
-        outputs = list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
-        lines: list[str | None] = []
-        for output in outputs:
-            if output is None:
-                lines.append(None)
-                continue
-            found = self._values.get(output) if isinstance(output, torch.fx.Node) else None
-            if not isinstance(found, Laid) or self.is_weight(found.line):
-                name = getattr(output, "name", output)
-                label = self._sources[output][0] if output in self._sources else name
-                self.unsupported(f"every result has to be a tensor that depends on the input; '{label}' does not")
-            lines.append(self._layout.batch_first(found))
-        tensors = [line for line in lines if line is not None]
-        if not tensors:
+        given: Any = node.args[0]
+        results = results_of(self.program.call_spec.out_spec, given if isinstance(given, (list, tuple)) else [given])
+        lines = [self._result_line(output) for output in results.values]
+        if not lines:
             self.unsupported("the model returns no tensor")
-        spec = self.program.call_spec.out_spec
-        if len(lines) == 1 and (spec is None or spec.is_leaf()):
-            return self._revealed(tensors[0], reveal)
+        dtypes = [str(output.meta["val"].dtype).removeprefix("torch.") for output in results.values]
+        if isinstance(results.tree, Leaf):
+            return self._revealed(lines[0], dtypes[0], reveal)
+        self.answer = results.tree
         if reveal != "logits":
-            raise CompileError(f"reveal='{reveal}' needs a model that returns one tensor, this one returns {spec}")
-        return self.emit(Pack.of(self, lines, spec), *tensors)
+            raise CompileError(
+                f"reveal='{reveal}' needs a model that returns one tensor alone, this one returns a structure of "
+                f"{len(lines)}"
+            )
+        dtypes = ["" if dtype == "float32" else dtype for dtype in dtypes]
+        return self.emit(Pack.of(self, results.tree, lines, dtypes), *lines)
 
-    def _revealed(self, result: str, reveal: str) -> str:
-        if reveal == "logits":
-            return result
-        if not isinstance(self.op(result), Argmax):
-            if len(self.shape(result)) != 2:
-                raise CompileError(f"reveal='{reveal}' needs N x classes, the model returns {self.types[result]}")
-            result = self.emit(Argmax(), result)
+    def _result_line(self, output: Any) -> str:
+        found = self._values.get(output) if isinstance(output, torch.fx.Node) else None
+        if not isinstance(found, Laid) or self.is_weight(found.line):
+            name = getattr(output, "name", output)
+            label = self._sources[output][0] if output in self._sources else name
+            self.unsupported(f"every result has to be a tensor that depends on the input; '{label}' does not")
+        return self._layout.batch_first(found)
+
+    def _revealed(self, result: str, dtype: str, reveal: str) -> str:
+        source = result
+        while isinstance(self.op(source), NoOp):
+            source = self.operands(source)[0]
+        classified = isinstance(self.op(source), Argmax)
+        if reveal == "logits":  # without a word on it, classes are int64 and everything else is float32
+            natural = "int64" if classified else "float32"
+            return result if dtype == natural else self.emit(Pack.of(self, Leaf(), [result], [dtype]), result)
+        if not classified and len(self.shape(result)) != 2:
+            raise CompileError(f"reveal='{reveal}' needs N x classes, the model returns {self.types[result]}")
+        result = source if classified else self.emit(Argmax(), result)
         if reveal == "argmax":
             return result
         classes = self.fixed_shape(self.operands(result)[0])[1]

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch.utils._pytree import tree_map
 
 from tacit.cli_shared import (
     AsJson,
@@ -23,6 +22,7 @@ from tacit.cli_shared import (
 )
 from tacit.runtime.session import Run
 from tacit.secure import Secure, check_inputs, load
+from tacit.structure import together
 
 
 def register(app: typer.Typer) -> None:
@@ -77,7 +77,7 @@ def _in_batches(secure: Secure, arrays: Sequence[torch.Tensor], size: int) -> tu
         answers.append(answer)
         runs.append(secure.last_run)
     join = sum if secure.plan.reveal == "correct" else torch.cat
-    return tree_map(lambda *parts: None if parts[0] is None else join(parts), *answers), runs
+    return together(answers, join), runs
 
 
 def _print_run(

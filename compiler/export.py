@@ -8,7 +8,7 @@ import logging
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
@@ -19,8 +19,11 @@ import torch
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
-from tacit.ir.errors import CompileError, draw
+from tacit.arguments import Arguments
+from tacit.containers import in_own_containers
+from tacit.ir.errors import CompileError, TacitError, draw
 from tacit.runtime.forks import in_child
+from tacit.tensors import plain_tensor
 
 Tensor = torch.Tensor
 _NOT_THE_USERS = {Path(file).parent for file in (str(torch.__file__), __file__, logging.__file__)}
@@ -61,8 +64,10 @@ def _one_at_a_time(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
 
 @_one_at_a_time
-def export(model: torch.nn.Module | ExportedProgram, examples: Sequence[Any]) -> ExportedProgram:
-    """The exported graph, with a symbolic batch; raises CompileError. `examples` may be nested."""
+def export(
+    model: torch.nn.Module | ExportedProgram, examples: Sequence[Any], named: Mapping[str, Any] | None = None
+) -> ExportedProgram:
+    """The exported graph, with a symbolic batch; raises CompileError. `examples` and the `named` ones may be nested."""
     if isinstance(model, ExportedProgram):
         return model
     if not isinstance(model, torch.nn.Module):
@@ -70,23 +75,32 @@ def export(model: torch.nn.Module | ExportedProgram, examples: Sequence[Any]) ->
             f"expected a torch.nn.Module, a GraphModule or an ExportedProgram, not {type(model).__name__}"
         )
     _require_fit_module(model)
-    # A batch of one would be taken for a constant.
-    enough = pytree.tree_map(lambda x: torch.cat([x, x]) if x.shape[0] == 1 else x.clone(), tuple(examples))
-    shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
-    for x in pytree.tree_leaves(enough):
-        shapes[x] = {0: Dim.DYNAMIC}
+    arguments = Arguments(tuple(examples), named or {})
 
     def run() -> ExportedProgram:
-        with torch.no_grad(), _without_noise():
-            return torch.export.export(model, enough, dynamic_shapes=shapes)
+        with torch.no_grad(), _without_noise(), in_own_containers(model, arguments) as plain:
+            args, kwargs = pytree.tree_map_only(Tensor, _enough, plain)
+            shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
+            for x in pytree.tree_leaves((args, kwargs)):
+                if isinstance(x, Tensor):
+                    shapes[x] = {0: Dim.DYNAMIC}
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
 
     try:
         return run()
+    except TacitError:
+        raise
     except Exception as error:  # torch.export raises many unrelated types
         if _fixes_the_batch(error):
             with suppress(Exception), _symbolic_lengths():
                 return run()
         raise CompileError(_told(error, model, run)) from error
+
+
+def _enough(x: Tensor) -> Tensor:
+    """An example that tells the batch from a constant: a batch of one would be taken for one."""
+    x = plain_tensor(x)
+    return torch.cat([x, x]) if x.shape[0] == 1 else x.clone()
 
 
 def _require_fit_module(model: torch.nn.Module) -> None:

@@ -189,6 +189,11 @@ class Graph(Builder):
 
         return bool(node.users) and all(map(leads_there, node.users))
 
+    def uses(self, index: int) -> bool:
+        """Whether this one of several results of the graph node under way is read."""
+        assert self.node is not None
+        return any(user.args[1] == index and user.users for user in self.node.users)
+
     @contextmanager
     def as_target(self, target: str) -> Iterator[None]:
         """While a layer is written by means of another one's operator."""

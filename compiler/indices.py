@@ -8,7 +8,7 @@ range of any other line of integers is proved with the others, once the ranges o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -114,7 +114,7 @@ class Indices:
             raise CompileError(
                 f"input '{op.label}': no integer fits all tables that read it, each with its own offset; check these"
             )
-        return Node(node.name, Input.of_integers(op.label, low, high), (), node.type, node.path, node.source)
+        return replace(node, op=op.bounded(low, high))
 
     def _origin(self, line: str) -> Origin | None:
         if line not in self._origins:

@@ -31,14 +31,17 @@ class Remote:
         """What the parties run; raises PartyError or RefusedError where they cannot be asked."""
         return self._client.plan
 
-    def predict(self, *inputs: Any, timeout: float | None = None) -> Any:
+    def predict(self, *inputs: Any, timeout: float | None = None, **named: Any) -> Any:
         """The model's answer for a batch, which nobody but this client learns; same arguments as the model.
+
+        Arguments may be given by position or by name. What the plan calls a named tuple comes as one with the same
+        fields, and a dataclass as a dictionary whose entries are attributes too.
 
         Raises InputError before anything is shared if an input does not fit, RefusedError with the reason a party
         gave, PartyError naming the party at fault; within `timeout` seconds, at most the deployment's limit.
         """
         plan = self.plan
-        encoded = encode_inputs(plan, check_inputs(plan, inputs))
+        encoded = encode_inputs(plan, check_inputs(plan, inputs, named))
         answer, self.last_run = self._client.infer(encoded, timeout)
         return decode_answer(plan, answer, self._dtype)
 

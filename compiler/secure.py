@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from tacit.arguments import bind, slots_of
 from tacit.ir.errors import InputError, PlanError, WeightsError
 from tacit.ir.ops.outputs import Pack
 from tacit.ir.ops.roles import Input, Weight
 from tacit.ir.plan import Node, Plan
+from tacit.ir.tree import Tree, built
 from tacit.progress import log, track, waiting
 from tacit.runtime import ring
 from tacit.runtime.channel import LinkModel
@@ -26,7 +29,7 @@ from tacit.runtime.forks import in_child
 from tacit.runtime.overflow import interpret_checked
 from tacit.runtime.reference import compare, interpret
 from tacit.runtime.session import Run, Session, Trace
-from tacit.structure import leaves
+from tacit.tensors import comparable, plain_tensor, unreadable
 from tacit.trace import traced
 
 Tensor = torch.Tensor
@@ -38,17 +41,31 @@ class Secure:
     """A plan, and the weights of its owner as ring integers.
 
     Calling it runs one inference of a batch among three virtual parties, with the client and the owner as roles of
-    their own: same arguments as the model, plus the targets for reveal="correct". The first call opens a session,
-    which shares the weights once; later calls reuse it. Threads may call it side by side, and a call that fails
-    disturbs no other; after a fork each process has a session of its own, and so has every copy. A pickle holds the
-    weights: it is as secret as the weights file. `last_run` is what the call that ended last has measured.
+    their own: same arguments as the model, by position or by name, plus the targets for reveal="correct". The first
+    call opens a session, which shares the weights once; later calls reuse it. Threads may call it side by side, and a
+    call that fails disturbs no other; after a fork each process has a session of its own, and so has every copy. A
+    pickle holds the weights: it is as secret as the weights file. `last_run` is what the call that ended last has
+    measured.
+
+    Results come as the model returns them. Where it has been loaded or unpickled, the plan alone tells their structure:
+    named tuples are then of a class of that name with the same fields, and dataclasses dictionaries whose entries are
+    attributes too.
     """
 
-    def __init__(self, plan: Plan, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        weights: Mapping[str, Tensor],
+        dtype: torch.dtype = torch.float32,
+        *,
+        answer: Tree = None,
+    ) -> None:
+        """dtype: of results of which the plan says nothing else. answer: the model's own containers of its results."""
         self.plan = plan
         self.last_run: Run | None = None
         self._weights = dict(weights)
         self._dtype = dtype
+        self._answer = answer
         self._session: Session | None = None
         self._opening = threading.Lock()
         survive_forks()
@@ -67,12 +84,18 @@ class Secure:
     def __setstate__(self, state: dict[str, Any]) -> None:
         Secure.__init__(self, state["plan"], state["weights"], state["dtype"])
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __copy__(self) -> Secure:
+        return Secure(self.plan, self._weights, self._dtype, answer=self._answer)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Secure:
+        return Secure(self.plan, copy.deepcopy(self._weights, memo), self._dtype, answer=self._answer)
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Encrypted inference; raises InputError before anything is shared if an input does not fit."""
-        answer, _ = self._run(inputs, trace=False)
+        answer, _ = self._run(inputs, named, trace=False)
         return answer
 
-    def reference(self, *inputs: Any, check: bool = False) -> Any:
+    def reference(self, *inputs: Any, check: bool = False, **named: Any) -> Any:
         """The clear oracle: the same fixed-point arithmetic without cryptography, truncations rounded to nearest.
 
         With `check`, raises RangeError at the first line of which a value leaves the range that the plan states.
@@ -80,25 +103,25 @@ class Secure:
         run = interpret_checked if check else interpret
 
         with waiting("the clear oracle"):
-            values = run(self.plan, self._weights, check_inputs(self.plan, inputs))
+            values = run(self.plan, self._weights, check_inputs(self.plan, inputs, named))
         return self._decoded(values[self.plan.result])
 
-    def check(self, *inputs: Any) -> Any:
+    def check(self, *inputs: Any, **named: Any) -> Any:
         """A secure run compared with the oracle under the same public truncation offsets, bit for bit at every line.
 
         Returns the answer; raises DivergenceError naming the first line that differs. It opens every
         intermediate value inside this process: a test, not for a client's data.
         """
-        answer, trace = self._run(inputs, trace=True)
+        answer, trace = self._run(inputs, named, trace=True)
         assert trace is not None
 
         with waiting("the clear oracle"):
-            clear = interpret(self.plan, self._weights, check_inputs(self.plan, inputs), trace.offsets)
+            clear = interpret(self.plan, self._weights, check_inputs(self.plan, inputs, named), trace.offsets)
             compare(self.plan, trace.values, clear)
         return answer
 
-    def _run(self, inputs: tuple[Any, ...], *, trace: bool) -> tuple[Any, Trace | None]:
-        encoded = self._encoded(inputs)
+    def _run(self, inputs: tuple[Any, ...], named: Mapping[str, Any], *, trace: bool) -> tuple[Any, Trace | None]:
+        encoded = self._encoded(inputs, named)
         session = self.session()
         with waiting("encrypted inference"):
             answer, run, opened = session.request(encoded, trace=trace)
@@ -109,7 +132,8 @@ class Secure:
     def stream(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The answers to many batches, in order; the material of each is dealt while the one before it is online.
 
-        An item is a batch as the model takes it, or a tuple of its arguments. One item is read ahead of the answers.
+        An item is a batch as the model takes it, a tuple of its arguments, or a dictionary of them by name. One item is
+        read ahead of the answers.
         Raises InputError at the first item that does not fit, before anything of it is shared.
         """
         count = len(batches) if isinstance(batches, Sized) else None
@@ -118,16 +142,16 @@ class Secure:
             self.last_run = run
             yield self._decoded(answer)
 
-    def trace(self, *inputs: Any) -> Any:
+    def trace(self, *inputs: Any, **named: Any) -> Any:
         """As a call, with a file name last: writes what each party did when, for chrome://tracing or ui.perfetto.dev.
 
         `secure.trace(x, "trace.json")`. One track for each party, slices for rounds, ops, sends and waits, arrows for
         messages with their bytes; one online and one offline phase. Nothing secret is in it.
         """
-        *arguments, file = inputs
+        arguments, file = inputs[:-1], inputs[-1] if inputs else None
         if not isinstance(file, (str, os.PathLike)):
-            raise InputError("the last argument of trace is the name of the file to write")
-        encoded = self._encoded(tuple(arguments))
+            raise InputError("the last argument of trace without a name is the file to write")
+        encoded = self._encoded(arguments, named)
         session = self.session()
         with waiting("encrypted inference, traced"):
             answer, self.last_run = traced(session, encoded, file)
@@ -143,13 +167,13 @@ class Secure:
                 log.info("session open: %d bytes for the weights", self._session.weight_meter.bytes)
             return self._session
 
-    def _encoded(self, arguments: tuple[Any, ...]) -> dict[str, Tensor]:
+    def _encoded(self, arguments: tuple[Any, ...], named: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
         with on_one_core():
-            return encode_inputs(self.plan, check_inputs(self.plan, arguments))
+            return encode_inputs(self.plan, check_inputs(self.plan, arguments, named))
 
     def _decoded(self, answer: Tensor) -> Any:
         with on_one_core():
-            return decode_answer(self.plan, answer, self._dtype)
+            return decode_answer(self.plan, answer, self._dtype, self._answer)
 
     @property
     def weights(self) -> Mapping[str, Tensor]:
@@ -205,19 +229,13 @@ def _loaded(source: Path) -> Secure:
     return Secure(plan, weights, dtype)
 
 
-def check_inputs(plan: Plan, arguments: tuple[Any, ...]) -> dict[str, Tensor]:
+def check_inputs(plan: Plan, arguments: Sequence[Any], named: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
     """The inputs by label, out of the model's own arguments, each found fit for the plan; raises InputError."""
-    inputs, nodes = leaves(arguments), plan.find(Input)
-    odd = {type(x).__name__ for x in inputs if not isinstance(x, torch.Tensor)}
-    if odd:
-        raise InputError(f"an input has to be a tensor, or a structure of tensors, not {', '.join(sorted(odd))}")
-    if len(inputs) != len(nodes):
-        names = ", ".join(n.name for n in nodes)
-        raise InputError(f"expected {len(nodes)} inputs ({names}), found {len(inputs)}")
+    found = bind(slots_of(plan), arguments, named)
     out = {}
-    for node, value in zip(nodes, inputs, strict=True):
+    for node in plan.find(Input):
         assert isinstance(node.op, Input)
-        out[node.op.label] = check_input(node, value)
+        out[node.op.label] = check_input(node, found[node.op.label])
     if len({len(value) for value in out.values()}) != 1:
         raise InputError("the inputs differ in batch size")
     return out
@@ -231,13 +249,17 @@ def encode_inputs(plan: Plan, checked: Mapping[str, Tensor]) -> dict[str, Tensor
     }
 
 
-def decode_answer(plan: Plan, answer: Tensor, dtype: torch.dtype) -> Any:
-    """What the model would have returned, from ring integers: a tensor, or the structure it has tensors in."""
+def decode_answer(plan: Plan, answer: Tensor, dtype: torch.dtype, own: Tree = None) -> Any:
+    """What the model would have returned, from ring integers: a tensor, or the structure it has tensors in.
+
+    dtype: of floats of which the plan says nothing. own: the structure in the model's own classes, where it is known.
+    """
     result, answer = plan.node(plan.result).type, answer.to(torch.int64)
     packs = plan.find(Pack)
     if packs:
-        assert isinstance(packs[-1].op, Pack)
-        return packs[-1].op.split(ring.decode(answer, result.frac).to(dtype))
+        pack = packs[-1].op
+        assert isinstance(pack, Pack)
+        return built(own or pack.structure, pack.split(ring.decode(answer, result.frac), dtype))
     if plan.reveal == "correct":
         return answer[0]
     if plan.reveal == "argmax" or result.frac == 0:
@@ -249,19 +271,19 @@ def check_input(node: Node, value: Tensor) -> Tensor:
     """The value, if it is one that the input line takes; raises InputError, without quoting any of its elements."""
     op = node.op
     assert isinstance(op, Input)
-    if not isinstance(value, torch.Tensor):
-        raise InputError(f"input '{op.label}' has to be a tensor, not {type(value).__name__}")
+    if reason := unreadable(value):
+        raise InputError(f"input '{op.label}' {reason}")
+    value = comparable(plain_tensor(value))
     wanted = node.type.at(max(1, len(value) if value.dim() else 1)).dims
     if tuple(value.shape) != wanted:
         shape = "x".join(str(d) for d in node.type.shape)
         raise InputError(f"input '{op.label}' has shape {tuple(value.shape)}, the plan takes {shape}, N at least 1")
     truths = op.integers and op.low >= 0 and op.high <= 1
-    if value.is_floating_point() == op.integers or value.is_complex() or (value.dtype == torch.bool and not truths):
+    if value.is_floating_point() == op.integers or (value.dtype == torch.bool and not truths):
         takes = "floats, as torch.float32" if not op.integers else "integers, as torch.int64"
         raise InputError(f"input '{op.label}' is {value.dtype}, the plan takes {takes}{' or torch.bool' * truths}")
     if not bool(torch.isfinite(value).all()):
         raise InputError(f"input '{op.label}' holds NaN or infinity")
-    value = value.detach().cpu()
     ends = op.ends(value.shape[1:]) if op.along else (op.low, op.high)
     found = value.double() if op.integers else value  # exact, as every range ends below 2^53
     outside = int(((found < ends[0]) | (found > ends[1])).sum())

@@ -52,6 +52,10 @@ class DeploymentError(TacitError):
     """A deployment file, a certificate or a key is missing, malformed or does not fit."""
 
 
+class PrecisionWarning(UserWarning):
+    """Some answers are not as accurate as promised, however many bits there are; the message names the layer."""
+
+
 class DivergenceError(TacitError):
     """The secure run and the clear oracle disagree; the message names the first node."""
 

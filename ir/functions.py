@@ -79,8 +79,8 @@ FUNCTIONS: dict[str, Known] = {
     "reciprocal": Known(lambda x: 1 / x, 0.0, mirrored=True),
     "sqrt": Known(lambda x: torch.sqrt(x), 0.0, True),
     "rsqrt": Known(lambda x: torch.rsqrt(x), 0.0),
-    # what a norm divides by, of the sum of `count` squares
-    "rsqrt_of_mean": Known(lambda x, count, eps: torch.rsqrt(x.clamp(min=0) / count + eps), 0.0, True),
+    # what a norm divides by, of the sum of `count` squares, which is known no better than down to a floor
+    "rsqrt_of_mean": Known(lambda x, count, eps, floor=0.0: torch.rsqrt(x.clamp(min=floor) / count + eps), 0.0, True),
     "integer_power": Known(lambda x, exponent: torch.pow(x, exponent)),  # of a positive exponent
     "power": Known(lambda x, exponent: torch.pow(x, exponent), 0.0, True),  # of a positive exponent
     "inverse_power": Known(lambda x, exponent: torch.pow(x, -exponent), 0.0),  # of a positive exponent

@@ -12,8 +12,9 @@ from tacit.ir.plan import Plan
 from tacit.passes.bound import bound_ranges
 from tacit.passes.draft import Draft
 from tacit.passes.lower import hoist_weight_openings, lower_to_protocol, number_lines, reveal_result, schedule_rounds
-from tacit.passes.quantise import choose_scale, expand_to_fixed_point, fuse_truncation_into_relu
+from tacit.passes.quantise import expand_to_fixed_point, fuse_truncation_into_relu
 from tacit.passes.rings import choose_rings, spare_weight_bits
+from tacit.passes.scale import choose_scale
 from tacit.passes.simplify import drop_no_ops, drop_softmax_before_argmax, fold_batch_norm, move_max_pool_before_relu
 
 Pass = Callable[[Draft], Draft]

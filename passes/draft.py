@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from tacit.ir.plan import Node, Plan
+from tacit.ir.tree import Tree
 
 Tensor = torch.Tensor
 Values = Mapping[str, Tensor]
@@ -28,13 +29,17 @@ class Draft:
 
     plan: Plan
     weights: Values
-    probes: Values  # inputs on which scales are tried out
+    probes: Values  # inputs on which scales are tried out: what the caller showed, and some from all over the range
     interpret: Interpret
     calibration: Values = field(default_factory=dict)  # inputs that tighten the ranges; empty for none
     frac_bits: int | None = None  # fractional bits of activations; None: to be chosen
     max_error: float | None = None  # of the polynomials that stand for functions such as sigmoid; None: by the scale
     spared: Mapping[str, int] = field(default_factory=dict)  # by how many bits the weights of a line have fewer
+    answer: Tree = None  # the structure of the results in the model's own classes; None for a lone tensor
     model: Draft | None = None  # below the model level: the draft that was written in fixed point
+    edges: Values = field(default_factory=dict)  # as `probes`: blank and faint inputs
+    doubts: tuple[str, ...] = ()  # of what the caller has to be warned
+    faithful: bool = False  # whether the edges are to be tried out bit for bit, with truncations as they are dealt
 
     def with_(self, plan: Plan, weights: Values | None = None, frac_bits: int | None = None) -> Draft:
         return replace(
@@ -44,10 +49,23 @@ class Draft:
             frac_bits=self.frac_bits if frac_bits is None else frac_bits,
         )
 
-    def estimate(self, inputs: Values, visit: Callable[[Node, Tensor], None] | None = None) -> Tensor:
-        """The result of the plan as it stands, in float32 where that is faster; `visit` is shown every value."""
-        found = self.interpret(self.plan, self.weights, inputs, visit=visit or _look_away, estimate=True)
+    def estimate(
+        self, inputs: Values, visit: Callable[[Node, Tensor], None] | None = None, *, faithful: bool = False
+    ) -> Tensor:
+        """The result of the plan as it stands, in float32 where that is faster; `visit` is shown every value.
+
+        faithful: in float64 or ring integers instead, and truncations round up or down by chance, as they do among the
+        parties. Rounding to the nearest makes equal elements equal again, which hides what a norm of them does.
+        """
+        how = {"chance": torch.Generator().manual_seed(0)} if faithful else {"estimate": True}
+        found = self.interpret(self.plan, self.weights, inputs, visit=visit or _look_away, **how)
         return found[self.plan.result]
+
+    def chunks(self, inputs: Values) -> Iterator[Values]:
+        """The inputs in batches that are affordable."""
+        rows = len(next(iter(inputs.values()))) if inputs else 0
+        for i in range(0, rows, self.affordable):
+            yield {label: x[i : i + self.affordable] for label, x in inputs.items()}
 
     @property
     def affordable(self) -> int:

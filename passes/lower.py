@@ -14,8 +14,10 @@ from tacit.ir.op import Level, Op
 from tacit.ir.ops import choice, linear, nonlinear, securenn, spline, wins
 from tacit.ir.ops.comparison import ROOM_BITS
 from tacit.ir.ops.nonlinear import FixedArgmax, FixedEqual, FixedMaxPool2d, FixedReLU, Trunc
+from tacit.ir.ops.outputs import Pack
 from tacit.ir.ops.roles import Input, Mask, Reveal
 from tacit.ir.plan import Node
+from tacit.ir.tree import Leaf, text_of
 from tacit.ir.types import RING_BITS, bits_for
 from tacit.passes.draft import Draft
 
@@ -157,11 +159,17 @@ def _lower(b: Builder, node: Node, suite: Mapping[type[Op], Lowering]) -> None:
 
 
 def reveal_result(draft: Draft) -> Draft:
-    """The client, and it alone, learns the result."""
-    b = Builder(Level.PROTOCOL)
-    for node in draft.plan.nodes:
+    """The client, and it alone, learns the result.
+
+    Whole numbers come back as int64 where nothing else is said: floats without fractional bits are packed to say so.
+    """
+    b, plan = Builder(Level.PROTOCOL), draft.plan
+    for node in plan.nodes:
         b.copy(node)
-    return draft.with_(b.plan(draft.plan, b.emit(Reveal(), draft.plan.result)))
+    last, result = plan.node(plan.result), plan.result
+    if last.type.frac == 0 and plan.reveal == "logits" and not last.op.reveals and not isinstance(last.op, Pack):
+        result = b.emit(Pack(text_of(Leaf(last.type.shape, "float32"))), result)
+    return draft.with_(b.plan(plan, b.emit(Reveal(), result)))
 
 
 def hoist_weight_openings(draft: Draft) -> Draft:

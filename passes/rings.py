@@ -14,7 +14,8 @@ from tacit.ir.types import SMALL_RING_BITS, Type
 from tacit.passes.bound import bound_ranges
 from tacit.passes.draft import Draft
 from tacit.passes.lower import lower_to_protocol
-from tacit.passes.quantise import EXTRA_WEIGHT_BITS, expand_to_fixed_point, fuse_truncation_into_relu, logit_error
+from tacit.passes.quantise import EXTRA_WEIGHT_BITS, expand_to_fixed_point, fuse_truncation_into_relu
+from tacit.passes.scale import misses
 
 # The suite whose protocols work in both rings.
 _SUITE = "fused"
@@ -107,7 +108,7 @@ def _spared(model: Draft, chosen: list[_Spare]) -> Draft:
 
 def _accurate(model: Draft, chosen: list[_Spare], limit: float) -> list[_Spare]:
     """Those with the most work, halved until the logits are accurate: cheaper than new bounds for each half."""
-    while chosen and logit_error(_spared(model, chosen))[0] > limit:
+    while chosen and float(misses(_spared(model, chosen)).max()) > limit:
         chosen = chosen[: len(chosen) // 2]
     return chosen
 
@@ -115,8 +116,7 @@ def _accurate(model: Draft, chosen: list[_Spare], limit: float) -> list[_Spare]:
 def _limit(model: Draft) -> float:
     """The error that is allowed: as it is, or twice what `choose_scale` wants, which extrapolates. That is half of what
     is promised; the rest is for inputs that are no probes."""
-    error, wanted = logit_error(model)
-    return max(error, 2 * wanted)
+    return max(float(misses(model).max()), 2.0)
 
 
 def _candidates(draft: Draft) -> list[_Spare]:

@@ -26,15 +26,20 @@ Offsets = Mapping[str, Sequence[Tensor]]
 class Oracle:
     """What `reference` methods see: ring arithmetic, and the offset of each truncation."""
 
-    def __init__(self, recorded: Iterator[Tensor] | None = None, ring: Any = z64) -> None:
+    def __init__(
+        self, recorded: Iterator[Tensor] | None = None, ring: Any = z64, chance: torch.Generator | None = None
+    ) -> None:
         self._recorded = recorded
+        self._chance = chance
         self.ring = ring
 
     def offset(self, x: Tensor, bits: int) -> Tensor:
-        """t for a truncation of x by `bits`: recorded, or half."""
-        if self._recorded is None:
-            return torch.tensor(1 << (bits - 1) if bits else 0)
-        return next(self._recorded).view(x.shape)
+        """t for a truncation of x by `bits`: recorded, drawn, or half."""
+        if self._recorded is not None:
+            return next(self._recorded).view(x.shape)
+        if self._chance is not None:
+            return torch.randint(1 << bits, x.shape, generator=self._chance)
+        return torch.tensor(1 << (bits - 1) if bits else 0)
 
 
 def interpret(
@@ -45,19 +50,21 @@ def interpret(
     *,
     visit: Callable[[Node, Tensor], None] | None = None,
     estimate: bool = False,
+    chance: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
     """The value of every line. `inputs` (by label) and weights (by label) are real at the model level.
 
     Below it, inputs are real and are encoded here; weights are ring integers already. With `visit`, each value is
     shown to it and dropped after its last use: the answer then holds the result alone. `estimate` computes in
-    float32 where that is faster (see `runtime.estimate`): to try scales and measure ranges, not to be exact.
+    float32 where that is faster (see `runtime.estimate`): to try scales and measure ranges, not to be exact. `chance`
+    draws the offsets of truncations that were not recorded, as the dealer does.
     """
     values: dict[str, Tensor] = {}
     ring: Any = EstimatedRing() if estimate else z64
     real = torch.float32 if estimate else torch.float64
     last = _last_uses(plan) if visit else {}
     for node in plan.nodes:
-        oracle = Oracle(iter(offsets.get(node.name, ())) if offsets is not None else None, ring)
+        oracle = Oracle(iter(offsets.get(node.name, ())) if offsets is not None else None, ring, chance)
         values[node.name] = _value(plan, node, oracle, values, weights, inputs, real)
         if visit:
             visit(node, values[node.name])

@@ -50,7 +50,7 @@ UNFIT = {
     "integers": (torch.ones(3, 4, dtype=torch.int64), "takes floats"),
     "bytes": (torch.ones(3, 4, dtype=torch.uint8), "takes floats"),
     "booleans": (torch.ones(3, 4, dtype=torch.bool), "takes floats"),
-    "complex numbers": (torch.ones(3, 4, dtype=torch.complex64), "takes floats"),
+    "complex numbers": (torch.ones(3, 4, dtype=torch.complex64), "real and imaginary parts"),
     "NaN": (changed(float("nan")), "NaN or infinity"),
     "infinity": (changed(float("inf")), "NaN or infinity"),
     "minus infinity": (changed(float("-inf")), "NaN or infinity"),

@@ -37,6 +37,16 @@ class Function(ModelOp):
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         return known_function(self.function).function(args[0], *self.parameters)
 
+    def gain(self, *args: Tensor) -> Tensor:
+        """The slope, of functions that are singular where they end; of others it is bounded."""
+        known = known_function(self.function)
+        if known.least == -math.inf:
+            return torch.zeros(())
+        with torch.enable_grad():
+            x = args[0].detach().double().requires_grad_()
+            (slope,) = torch.autograd.grad(known.function(x, *self.parameters).sum(), x)
+        return slope.abs()
+
     def expand(self, b: FixedBuilder, *args: str) -> str:
         return b.function(self.function, b.at_activation_scale(args[0]), self.parameters)
 

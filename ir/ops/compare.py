@@ -42,6 +42,9 @@ class Comparison(ModelOp):
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         return (args[0] > 0 if self.strict else args[0] >= 0).to(args[0].dtype)
 
+    def margin(self, *args: Tensor) -> Tensor:
+        return args[0].abs()
+
     def expand(self, b: FixedBuilder, *args: str) -> str:
         return b.emit(choice.FixedPositive(), self.shifted(b, args[0]))
 
@@ -73,6 +76,9 @@ class Selection(ModelOp):
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         return torch.where(args[0] > 0 if self.strict else args[0] >= 0, args[1], torch.zeros((), dtype=args[1].dtype))
+
+    def margin(self, *args: Tensor) -> Tensor:
+        return args[0].abs()
 
     def expand(self, b: FixedBuilder, *args: str) -> str:
         x, value = Comparison(self.strict).shifted(b, args[0]), args[1]
@@ -147,6 +153,9 @@ class Sign(ModelOp):
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         return args[0].sign()
+
+    def margin(self, *args: Tensor) -> Tensor:
+        return args[0].abs()
 
     def expand(self, b: FixedBuilder, *args: str) -> str:
         above, at_least = (Comparison(strict).expand(b, args[0]) for strict in (True, False))

@@ -36,6 +36,23 @@ class ModelOp(Layer, Op):
         """Shapes from running `reference` on shapeless data, at two batch sizes."""
         return Type("real", probed_shape(lambda *operands: self.reference(None, *operands), *args))
 
+    def margin(self, *args: Tensor) -> Tensor:
+        """How far the operands are from where the result jumps; only ops that are not continuous have one."""
+        raise NotImplementedError
+
+    def gain(self, *args: Tensor) -> Tensor:
+        """With what small differences of the operand are multiplied; only where it grows with what the operand is:
+        a division by data, or a root of it."""
+        raise NotImplementedError
+
+    @classmethod
+    def jumps(cls) -> bool:
+        return cls.margin is not ModelOp.margin
+
+    @classmethod
+    def amplifies(cls) -> bool:
+        return cls.gain is not ModelOp.gain
+
 
 @dataclass(frozen=True)
 class NoOp(ModelOp):
@@ -157,6 +174,10 @@ class Argmax(ModelOp):
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         return args[0].argmax(1)
+
+    def margin(self, *args: Tensor) -> Tensor:
+        best = args[0].topk(min(2, args[0].shape[1]), 1).values
+        return best[:, 0] - best[:, -1]
 
     def expand(self, b: FixedBuilder, *args: str) -> str:
         return b.emit(nonlinear.FixedArgmax(), args[0])

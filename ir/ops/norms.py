@@ -26,26 +26,40 @@ Tensor = torch.Tensor
 _N = Batch()
 # Fractional bits that differences from a mean, and what they are multiplied with, have more than activations.
 _EXTRA, _EXTRA_FACTOR = 4, 6
-# Their squares have twice as many; sums of those have to fit the ring.
+# Squares have twice as many, and sums of those have to fit the ring; so does a small difference times a large factor.
 _MOST_BITS = 18
-# Fractional bits of vectors up to which short ones are told apart: the polynomials of a root reach over 36 bits or so.
-_TOLD_APART = 13
+# Fractional bits of a sum of squares, less those of their number, that fit the ring beside values of 2^8; but as many
+# bits of what is squared are kept in any case.
+_MOST_SQUARED_BITS, _LEAST_FACTOR_BITS = 46, 16
+# Fractional bits of sums of squares that are left: the polynomials of a root reach over 36 bits or so.
+_LEAST_SUM_BITS, _MOST_SUM_BITS = 12, 26
+# To what the factor is approximated at least, unless less is asked for: alike for all elements, it scales the result.
+_FACTOR_ERROR = 2.0**-12
 # How far below eps the sum of squares is still resolved.
 _BELOW_EPS = 10
+# Fractional bits of count x: values of 2^18 and more still fit the ring beside them.
+_MOST_FINE_BITS = 44
 
 
-def centred(b: FixedBuilder, x: str, axes: tuple[int, ...]) -> str:
-    """x less its mean along axes, with a few bits more than activations."""
-    x = b.as_factor(x)
+def centred(b: FixedBuilder, x: str, axes: tuple[int, ...]) -> tuple[str, float]:
+    """x less its mean along axes, times a factor from 1 up to 2 that is told; a few bits more than activations.
+
+    count x - sum(x) is exact, and 0 where all elements are equal, however x would have been rounded; a truncation
+    keeps 0. The largest power of two in the count joins the scale, the rest is the factor. So x is not truncated
+    before, unless it has so many bits that count x would not fit the ring.
+    """
     count = local.Sum(axes).count(b.types[x].at(1).dims)
-    bits = b.weight_frac + math.ceil(math.log2(count)) if count & (count - 1) else int(math.log2(count))
-    total = b.emit(local.Sum(axes), x)
-    mean = b.emit(local.MulPublic(round(2**bits / count), bits), total) if bits else total
-    return b.at_precision(b.minus(x, mean), max(b.frac, min(b.frac + _EXTRA, _MOST_BITS)))
+    bits = count.bit_length() - 1
+    x = b.at_precision(x, max(b.frac, _MOST_FINE_BITS - bits))
+    total = b.emit(local.MulPublic(1, bits), b.emit(local.Sum(axes), x)) if bits else b.emit(local.Sum(axes), x)
+    apart = b.minus(b.emit(local.MulPublic(count, bits), x) if bits else x, total)
+    return b.at_precision(apart, max(b.frac, min(b.frac + _EXTRA, _MOST_BITS))), count / 2.0**bits
 
 
 def sum_of_squares(b: FixedBuilder, x: str, axes: tuple[int, ...], frac: int) -> str:
     """Of x along axes, with at most `frac` fractional bits; never negative."""
+    count = local.Sum(axes).count(b.types[x].at(1).dims)
+    x = b.at_precision(x, max(_LEAST_FACTOR_BITS, (_MOST_SQUARED_BITS - count.bit_length()) // 2))
     squares = b.emit(square(b.types[x].frac), x)
     return b.known(b.at_precision(b.emit(local.Sum(axes), squares), frac), low=0.0)
 
@@ -53,17 +67,19 @@ def sum_of_squares(b: FixedBuilder, x: str, axes: tuple[int, ...], frac: int) ->
 def normalised(b: FixedBuilder, x: str, axes: tuple[int, ...], count: float, eps: float) -> str:
     """x / sqrt(sum of squares / count + eps).
 
-    An eps below (4 units of x)^2 is taken as that: x is known no better. Units finer than 2^-13 count as that.
+    Where eps is less, a mean below (4 units of x)^2 is taken as that, because x is known no better, and so is a sum
+    below 4 units of its own: it has at most 26 fractional bits.
     """
-    eps = max(eps, 2.0 ** (4 - 2 * min(b.frac, _TOLD_APART)))
     resolved = math.ceil(-math.log2(eps * count)) + _BELOW_EPS
-    squares = sum_of_squares(b, x, axes, max(b.frac, min(resolved, 2 * _TOLD_APART)))
+    bits = max(min(b.frac, _LEAST_SUM_BITS), min(resolved, _MOST_SUM_BITS))
+    floor = max(count * 2.0 ** (4 - 2 * b.frac), 2.0 ** (2 - bits))
+    squares = sum_of_squares(b, x, axes, bits)
     factor = b.function(
         "rsqrt_of_mean",
         squares,
-        (float(count), eps),
-        frac=b.frac + _EXTRA_FACTOR,
-        error=b.max_error / 2,
+        (float(count), eps, floor) if floor > eps * count else (float(count), eps),
+        frac=max(b.frac, min(b.frac + _EXTRA_FACTOR, _MOST_BITS)),
+        error=max(b.max_error / 2, min(b.max_error, _FACTOR_ERROR)),
         relative=True,
     )
     out = b.emit(Times(), x, factor)
@@ -86,9 +102,14 @@ class Normalise(ModelOp):
         variance, mean = torch.var_mean(args[0], self.over, correction=0, keepdim=True)
         return (args[0] - mean) * torch.rsqrt(variance + self.eps)
 
+    def gain(self, *args: Tensor) -> Tensor:
+        return torch.rsqrt(torch.var(args[0], self.over, correction=0, keepdim=True) + self.eps)
+
     def expand(self, b: FixedBuilder, *args: str) -> str:
-        x = centred(b, args[0], self.over)
-        return normalised(b, x, self.over, local.Sum(self.over).count(b.types[x].at(1).dims), self.eps)
+        """Of c (x - mean) and c^2 eps, which is the same."""
+        x, factor = centred(b, args[0], self.over)
+        count = local.Sum(self.over).count(b.types[x].at(1).dims)
+        return normalised(b, x, self.over, count, self.eps * factor**2)
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
@@ -108,6 +129,10 @@ class UnitLength(ModelOp):
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         length: Tensor = torch.linalg.vector_norm(args[0], dim=self.over, keepdim=True)
         return args[0] / length.clamp(min=self.eps)
+
+    def gain(self, *args: Tensor) -> Tensor:
+        length: Tensor = torch.linalg.vector_norm(args[0], dim=self.over, keepdim=True)
+        return 1 / length.clamp(min=self.eps)
 
     def expand(self, b: FixedBuilder, *args: str) -> str:
         x = b.as_factor(args[0])
@@ -133,11 +158,12 @@ class Variance(ModelOp):
         return found
 
     def expand(self, b: FixedBuilder, *args: str) -> str:
-        x = centred(b, args[0], self.over)
+        x, factor = centred(b, args[0], self.over)
         count = local.Sum(self.over).count(b.types[x].at(1).dims) - self.correction
         total = sum_of_squares(b, x, self.over, b.frac + _EXTRA)
         bits = b.weight_frac + math.ceil(math.log2(max(count, 1)))
-        return b.at_activation_scale(b.emit(local.MulPublic(b.constant(1 / count, bits), bits), total))
+        share = b.constant(1 / (count * factor**2), bits)
+        return b.at_activation_scale(b.emit(local.MulPublic(share, bits), total))
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
@@ -198,6 +224,9 @@ class RootMeanSquare(ModelOp):
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         return args[0] * torch.rsqrt((args[0] ** 2).mean(self.over, keepdim=True) + self.eps)
+
+    def gain(self, *args: Tensor) -> Tensor:
+        return torch.rsqrt((args[0] ** 2).mean(self.over, keepdim=True) + self.eps)
 
     def expand(self, b: FixedBuilder, *args: str) -> str:
         x = b.as_factor(args[0])

@@ -72,6 +72,9 @@ class Places(ModelOp):
         order = args[0].argsort(dim=-1, descending=True, stable=True)[..., self.first : self.last]
         return (order[..., None] == torch.arange(args[0].shape[-1], device=order.device)).to(args[0].dtype)
 
+    def margin(self, *args: Tensor) -> Tensor:
+        return args[0].sort(dim=-1).values.diff(dim=-1)
+
     def expand(self, b: FixedBuilder, *args: str) -> str:
         x = b.at_scale(args[0])
         lines, n = b.types[x].at(1).dims[1:]

@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tacit.ir import tree as trees
 from tacit.ir.errors import PlanError
 from tacit.ir.op import Level, LocalOp, Sample, expect
 from tacit.ir.ops.layer import Layer
 from tacit.ir.ranges import Interval
-from tacit.ir.types import Batch, Type, dim_at, shape_text
+from tacit.ir.tree import Tree
+from tacit.ir.types import Batch, Type, dim_at
 
 if TYPE_CHECKING:
     from tacit.ir.build import FixedBuilder
 
 Tensor = torch.Tensor
 _N = Batch()
-_TOKEN = re.compile(r"[()\[\]{};:]|[\w.\-]+")
 
 
 @dataclass(frozen=True)
 class Pack(Layer, LocalOp):
     """All results of a model side by side, N x elements, at one scale; revealed together.
 
-    tree: the structure, as in (Nx10;[Nx3x4;{name:N}]): tuples, lists and dictionaries of shapes.
+    tree: the structure, as in (Nx10;[Nx3x4;{name:N:bool}];Pair(left:N;right:N)): tuples, lists, dictionaries, named
+    tuples and records of shapes, with the dtype of what is no float32. A single tensor is packed for its dtype alone.
     """
 
     name = "pack"
@@ -38,9 +39,21 @@ class Pack(Layer, LocalOp):
     tree: str
 
     @staticmethod
-    def of(graph: Any, lines: Sequence[str | None], spec: Any) -> Pack:
-        """For these lines, structured as a pytree specification of PyTorch says."""
-        return Pack(_written(graph, iter(lines), spec))
+    def of(graph: Any, tree: Tree, lines: Sequence[str], dtypes: Sequence[str]) -> Pack:
+        """For these lines, in that structure; a dtype is "" for the floats of the model."""
+        strange = [dtype for dtype in dtypes if dtype and dtype not in trees.DTYPES]
+        if strange:
+            graph.unsupported(f"a result is torch.{strange[0]}; results are {', '.join(trees.DTYPES)}")
+        leaves = (trees.Leaf(graph.shape(line), dtype) for line, dtype in zip(lines, dtypes, strict=True))
+        try:
+            return Pack(trees.text_of(trees.with_leaves(tree, leaves)))
+        except PlanError as error:
+            raise graph.unsupported(f"the structure of the results: {error}") from None
+
+    @property
+    def structure(self) -> Tree:
+        """What the text describes; raises PlanError where it is none."""
+        return trees.parse(self.tree)
 
     def infer(self, *args: Type) -> Type:
         expect(len(args) > 0, "there is nothing to pack")
@@ -75,74 +88,34 @@ class Pack(Layer, LocalOp):
         return Interval(torch.cat([x.low for x in parts]), torch.cat([x.high for x in parts]))
 
     def _typed(self) -> list[tuple[Any, ...]]:
-        shapes: list[tuple[Any, ...]] = []
-        self.unpacked(shapes.append)
-        return shapes
+        return [leaf.shape for leaf in trees.leaves_of(self.structure)]
 
     def expand(self, b: FixedBuilder, *args: str) -> str:
         frac = max(b.types[arg].frac for arg in args)
         return b.emit(self, *(b.aligned(arg, frac) for arg in args))
 
-    def split(self, packed: Tensor) -> Any:
-        """The results in their structure, from the revealed tensor (N, elements)."""
+    def split(self, packed: Tensor, floats: torch.dtype) -> Iterator[Tensor]:
+        """The results one by one, from the revealed numbers (N x elements, float64); `floats`: the default dtype."""
         begin = 0
-
-        def leaf(shape: tuple[Any, ...]) -> Tensor:
-            nonlocal begin
-            size = math.prod(dim_at(d, 1) for d in shape)
-            piece = packed[:, begin : begin + size]
+        for leaf in trees.leaves_of(self.structure):
+            size = math.prod(dim_at(d, 1) for d in leaf.shape)
+            piece, dtype = packed[:, begin : begin + size], trees.DTYPES[leaf.dtype] if leaf.dtype else floats
             begin += size
-            return piece.reshape([dim_at(d, len(packed)) for d in shape])
-
-        return self.unpacked(leaf)
-
-    def unpacked(self, leaf: Callable[[tuple[Any, ...]], Any]) -> Any:
-        """The structure with leaf(shape) at its leaves; raises PlanError where the text is none."""
-        tokens = _TOKEN.findall(self.tree)
-        expect("".join(tokens) == self.tree, f"'{self.tree}' is no structure of results")
-        try:
-            found = _read(tokens, leaf)
-        except IndexError:
-            raise PlanError(f"'{self.tree}' is no structure of results") from None
-        expect(not tokens, f"'{self.tree}' is no structure of results")
-        return found
+            exact = piece if dtype.is_floating_point else piece.round()
+            yield exact.reshape([dim_at(d, len(packed)) for d in leaf.shape]).to(dtype)
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
         x, y = Type("secret", (_N, 3), 12, 20), Type("secret", (Batch(2), 2, 2), 12, 22)
-        return (Sample(cls("(Nx3;{a:2Nx2x2})"), (x, y)), Sample(cls("[Nx3]"), (x,)))
+        return (
+            Sample(cls("(Nx3;{a:2Nx2x2})"), (x, y)),
+            Sample(cls("[Nx3]"), (x,)),
+            Sample(cls("Pair(left:Nx3:int64;right:Side{a:2Nx2x2;b:None})"), (x, y)),
+        )
 
-
-def _read(tokens: list[str], leaf: Callable[[tuple[Any, ...]], Any]) -> Any:
-    first = tokens.pop(0)
-    if first not in "([{":
-        return None if first == "None" else leaf(Type.parse(f"real<{first}>").shape)
-    closing = {"(": ")", "[": "]", "{": "}"}[first]
-    items: list[tuple[str, Any]] = []
-    while tokens[0] != closing:
-        if items and tokens.pop(0) != ";":
-            raise PlanError("items of a structure are separated by ';'")
-        key = tokens.pop(0) if first == "{" else ""
-        if first == "{" and tokens.pop(0) != ":":
-            raise PlanError("a key is followed by ':'")
-        items.append((key, _read(tokens, leaf)))
-    tokens.pop(0)
-    if first == "{":
-        return dict(items)
-    values = [value for _, value in items]
-    return tuple(values) if first == "(" else values
-
-
-def _written(graph: Any, lines: Any, spec: Any) -> str:
-    if spec.is_leaf():
-        line = next(lines)
-        return "None" if line is None else shape_text(graph.shape(line))
-    children = [_written(graph, lines, child) for child in spec.children()]
-    if issubclass(spec.type, tuple):
-        return f"({';'.join(children)})"
-    if issubclass(spec.type, list):
-        return f"[{';'.join(children)}]"
-    keys = spec.context[0] if isinstance(spec.context, tuple) else spec.context
-    if not isinstance(keys, list) or not all(isinstance(k, str) and re.fullmatch(r"[\w.\-]+", k) for k in keys):
-        graph.unsupported(f"results inside a {spec.type.__name__}; return tensors, tuples, lists or dictionaries")
-    return "{" + ";".join(f"{k}:{v}" for k, v in zip(keys, children, strict=True)) + "}"
+    @classmethod
+    def misfits(cls) -> tuple[Sample, ...]:
+        x = Type("secret", (_N, 3), 12, 20)
+        names = ("class(a:Nx3)", "Pair(_a:Nx3)", "Pair(def:Nx3)", "Pair(a:Nx3;a:Nx3)", "{a:Nx3;a:Nx3}", "A.b{a:Nx3}")
+        others = ("Nx3:complex64", "Nx3:", "(Nx3", "Nx3)", "Pair(Nx3)", "Pair[a:Nx3]", "(" * 99 + "Nx3" + ")" * 99)
+        return tuple(Sample(cls(tree), (x, x) if ";" in tree else (x,)) for tree in names + others)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tacit.ir.op import Sample
 from tacit.ir.ops import local, nonlinear
 from tacit.ir.ops.layer import Layer, real, spread
-from tacit.ir.ops.model import ModelOp
+from tacit.ir.ops.model import Argmax, ModelOp
 from tacit.ir.ops.moves import Take, reshaped
 from tacit.ir.types import Batch
 from tacit.ir.windows import adaptive_spans
@@ -119,7 +119,7 @@ class AdaptiveMaxPool(Layer):
 
 
 class LargestAlong(Layer):
-    """amax, amin, and the values of max and min along a dimension: one window."""
+    """amax, amin, max and min along a dimension: one window; and an argmax, where the indices are used."""
 
     axes = ("dim",)
     aten = ("aten.amax.default", "aten.amin.default", "aten.max.dim", "aten.min.dim")
@@ -136,7 +136,12 @@ class LargestAlong(Layer):
         image = reshaped(graph, line, (1, kept, count))
         best = graph.emit(MaxPool2d((1, count), (1, count)), image)
         out = reshaped(graph, graph.emit(MulScalar(-1.0), best) if least else best, shape)
-        return [out] if graph.target.endswith(".dim") else out
+        if not graph.target.endswith(".dim"):
+            return out
+        if not graph.uses(1):
+            return [out]
+        with graph.as_target("aten.argmin.default" if least else "aten.argmax.default"):
+            return [out, Argmax.capture(graph, **k)]
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,9 @@ class Quotient(ModelOp):
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         return args[0] / args[1]
 
+    def gain(self, *args: Tensor) -> Tensor:
+        return 1 / args[1].abs()
+
     def expand(self, b: FixedBuilder, *args: str) -> str:
         y = b.at_activation_scale(args[1])
         frac = b.frac + _RECIPROCAL_BITS

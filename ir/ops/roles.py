@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,7 +58,8 @@ class Input(Op):
 
     `integers` says that they are whole numbers, such as indices or the targets of a count: the scale is then 0. Where
     their range is not the same everywhere, as for columns that are looked up in different tables, `along` names the
-    axes along which it varies, and `lows` and `highs` list its ends, the last of these axes fastest.
+    axes along which it varies, and `lows` and `highs` list its ends, the last of these axes fastest. `by_name`: the
+    model takes it as a keyword argument alone, or behind one that was left out.
     """
 
     name = "input"
@@ -72,12 +73,12 @@ class Input(Op):
     high: float
     owner: str = "client"
     integers: bool = False
+    by_name: bool = False
     along: tuple[int, ...] = ()
     lows: tuple[int, ...] = ()
     highs: tuple[int, ...] = ()
 
-    @classmethod
-    def of_integers(cls, label: str, low: Tensor, high: Tensor) -> Input:
+    def bounded(self, low: Tensor, high: Tensor) -> Input:
         """With these ends for the elements of one input, as int64 tensors of its shape without the batch."""
         along = []
         for axis in range(low.dim()):
@@ -88,9 +89,9 @@ class Input(Op):
                 along.append(axis + 1)
         ends = float(low.min()), float(high.max())
         if not along:
-            return cls(label, *ends, integers=True)
+            return replace(self, low=ends[0], high=ends[1])
         lows, highs = (tuple(v.flatten().tolist()) for v in (low, high))
-        return cls(label, *ends, integers=True, along=tuple(along), lows=lows, highs=highs)
+        return replace(self, low=ends[0], high=ends[1], along=tuple(along), lows=lows, highs=highs)
 
     def ends(self, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The least and the greatest value of each element, float64 of that shape, which is without the batch."""
@@ -139,9 +140,13 @@ class Input(Op):
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
+        x = Type("secret", (Batch(), 7), 12, 16)
         columns = cls("x", -1.0, 6.0, integers=True, along=(2,), lows=(-1, 0, 0), highs=(6, 5, 0))
         return (
-            Sample(cls("x", -4.0, 4.0), (Type("secret", (Batch(), 7), 12, 16),)),
+            *(
+                Sample(cls(label, -4.0, 4.0, by_name=by_name), (x,))
+                for label, by_name in (("x", False), ("mask", True))
+            ),
             Sample(columns, (Type("secret", (Batch(), 2, 3), 0, 4),)),
         )
 

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 Tensor = torch.Tensor
 _N = Batch()
 _FIXED, _PROTOCOL = frozenset({Level.FIXED}), frozenset({Level.PROTOCOL})
+# Bits below its scale at which a function's value is rounded while it has no polynomials yet.
+_FINER = 20
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,8 @@ class FixedFunction(Op):
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         found = known_function(self.function).function(args[0].double() / 2.0**self.of, *self.parameters)
-        return torch.round(found.nan_to_num() * 2.0**self.frac).clamp(-(2.0**62), 2.0**62).to(torch.int64)
+        offset = oracle.offset(args[0], _FINER) / 2.0**_FINER
+        return torch.floor(found.nan_to_num() * 2.0**self.frac + offset).clamp(-(2.0**62), 2.0**62).to(torch.int64)
 
     def fitted(self, interval: Interval) -> FixedSpline:
         """The spline over this range; raises CompileError."""
