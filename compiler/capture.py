@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from tacit.arguments import slots_of_program
 from tacit.constants import NotConstant
 from tacit.containers import results_of
 from tacit.export import exported_as, module_path, simplified, source_line
-from tacit.graph import FLOATS, Graph
+from tacit.graph import FLOATS, INTEGERS
 from tacit.ir.errors import CompileError
 from tacit.ir.op import Level
 from tacit.ir.ops.layer import Layer, layers
@@ -25,12 +24,11 @@ from tacit.ir.ops.roles import Input, Weight
 from tacit.ir.plan import Plan
 from tacit.ir.tree import Leaf, Tree
 from tacit.ir.types import Batch, Type
-from tacit.layout import Laid, Layout
+from tacit.layout import Laid
+from tacit.operands import NUMBERS, Operands, flat, mapped
 
 Tensor = torch.Tensor
 Range = tuple[float, float]
-_NUMBERS = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
-INTEGERS = (torch.int64, torch.int32)
 _VIEWS = {
     f"aten.{name}"
     for name in (
@@ -53,17 +51,13 @@ _PERMUTATIONS = {
 }  # fmt: skip
 
 
-class Capture(Graph):
+class Capture(Operands):
     """Reads an exported graph node by node; layers write themselves through `emit`."""
 
     def __init__(self, program: ExportedProgram, ranges: Sequence[Range]) -> None:
         self._layers = layers()
         super().__init__(simplified(program, self._layers.keys() | _VIEWS | _PERMUTATIONS))
-        self._values: dict[torch.fx.Node, Any] = {}  # a Laid, or a list of them for several results
-        self._lines: dict[torch.fx.Node, str] = {}  # of constants that are in use
-        self._sources: dict[torch.fx.Node, tuple[str, Tensor]] = {}  # parameters and buffers
         self._ranges = list(ranges)
-        self._layout = Layout(self, self.unsupported)
         self._slots = {slot.label: slot for slot in slots_of_program(self.program)}
         self.answer: Tree = None  # the structure of the results in the model's own classes; None for a lone tensor
 
@@ -78,13 +72,17 @@ class Capture(Graph):
             elif node.op == "call_function":
                 with self.at(module_path(node), source_line(node)):
                     self._call(node)
+                found, value = self._values.get(node), node.meta.get("val")
+                if isinstance(found, Laid) and isinstance(value, Tensor) and value.dtype == torch.bool:
+                    self.truths.add(found.line)
             elif node.op == "output":
                 result = self._output(node, reveal)
             else:
                 self.unsupported(f"the graph holds a '{node.op}' node")
         if self._ranges:
             raise CompileError(f"there are {len(self._ranges)} examples more than the model has inputs")
-        plan = Plan(name, tuple(self.nodes), result, Level.MODEL, reveal=reveal, ranges="none")
+        nodes = tuple(self.indices.bounded(node) for node in self.nodes)
+        plan = Plan(name, nodes, result, Level.MODEL, reveal=reveal, ranges="none")
         plan = plan.without_dead_lines()
         self.weights = {n.op.label: self.weights[n.op.label] for n in plan.find(Weight) if isinstance(n.op, Weight)}
         return plan.verify()
@@ -118,11 +116,10 @@ class Capture(Graph):
 
     def _input(self, node: torch.fx.Node) -> None:
         value = node.meta.get("val")
-        rows = self._vocabulary(node) if isinstance(value, torch.Tensor) and value.dtype in INTEGERS else 0
-        if not isinstance(value, torch.Tensor) or (value.dtype not in FLOATS and not rows):
+        if not isinstance(value, torch.Tensor) or value.dtype not in (*FLOATS, *INTEGERS, torch.bool):
             kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
             self.unsupported(
-                f"input '{node.name}' is {kind}; inputs are float32 or float64 tensors, or indices of an embedding"
+                f"input '{node.name}' is {kind}; inputs are float32, float64, int8 to int64, uint8 or bool"
             )
         if value.dim() < 1 or isinstance(value.shape[0], int):
             self.unsupported(
@@ -137,23 +134,21 @@ class Capture(Graph):
         self.constants.symbols |= value.shape[0].node.expr.free_symbols
         if not self._ranges:
             raise CompileError("the model takes more inputs than there are examples")
-        low, high = self._ranges.pop(0)
-        op = Input(node.name, 0.0, float(rows - 1), integers=True) if rows else Input(node.name, low, high)
-        op = replace(op, by_name=self._slots[node.name].by_name)
-        declared = Type("real", tuple(self.dim(d) for d in value.shape))
-        self._values[node] = Laid(self.declare(op, declared, name=node.name))
-
-    @staticmethod
-    def _vocabulary(node: torch.fx.Node) -> int:
-        """Of how many rows an integer input chooses: the fewest of all embeddings that read it; 0 where none does."""
-        tables = [user.args[0] for user in node.users if str(user.target) == "aten.embedding.default"]
-        return min((len(table.meta["val"]) for table in tables if isinstance(table, torch.fx.Node)), default=0)
+        options = {"integers": value.dtype not in FLOATS, "by_name": self._slots[node.name].by_name}
+        op = Input(node.name, *self._ranges.pop(0), **options)
+        line = self.declare(op, Type("real", tuple(self.dim(d) for d in value.shape)), name=node.name)
+        if op.integers:
+            self.wholes.add(line)
+            self.indices.enter(line)
+        if value.dtype == torch.bool:
+            self.truths.add(line)
+        self._values[node] = Laid(line)
 
     def _call(self, node: torch.fx.Node) -> None:
         value = node.meta.get("val")
         if not node.users:
             return
-        if value is None or isinstance(value, _NUMBERS):
+        if value is None or isinstance(value, NUMBERS):
             self._number(node)
             return
         if node.target is operator.getitem and node.all_input_nodes[0] in self._values:
@@ -167,7 +162,7 @@ class Capture(Graph):
             return
         self.target = str(node.target)
         if self._whole_batch(node):
-            self._values[node] = self._values[node.all_input_nodes["scatter" in self.target]]
+            self._keep(node, node.args["scatter" in self.target])
             return
         if self.target in _VIEWS or self.target in _PERMUTATIONS:
             self._values[node] = self._fits(self._moved(node), value)
@@ -175,10 +170,8 @@ class Capture(Graph):
         layer = self._layers.get(self.target)
         if layer is None:
             self.unsupported(_unknown(self.target, exported_as(node), self._layers))
-        found = self._captured(layer, self._arguments(node), value)
+        found = self._captured(layer, self._arguments(node, layer.unresolved), value)
         self._values[node] = found if isinstance(found, list) else self._fits(found, value)
-        if isinstance(value, torch.Tensor) and value.dtype == torch.bool and isinstance(found, Laid):
-            self.truths.add(found.line)
 
     def _number(self, node: torch.fx.Node) -> None:
         """A size, as in x.view(x.size(0), -1), or a check of one: shapes are read off the results. No value is."""
@@ -202,15 +195,21 @@ class Capture(Graph):
         """Whether this is a slice like the first of x[:, 1:3], which takes all of the batch, or writes to it."""
         if self.target not in ("aten.slice.Tensor", "aten.slice_scatter.default"):
             return False
-        source = node.all_input_nodes["scatter" in self.target]
-        if source not in self._values:
-            return False
-        given: list[Any] = [*node.args[1 + ("scatter" in self.target) :]]
+        scatter = "scatter" in self.target
+        given: list[Any] = [*node.args[1 + scatter :]]
         defaults: list[Any] = [0, None, None, 1]
-        dim, start, end, step = given + defaults[len(given) :]
-        x = self._values[source]
-        everything = start in (None, 0) and (end is None or (isinstance(end, int) and end >= 1 << 62)) and step == 1
-        return bool(dim % len(self._layout.shape(x)) == x.place and everything)
+        dim, _, _, step = given + defaults[len(given) :]
+        piece: Any = node.args[1] if scatter else node
+        sizes = [v.meta["val"].shape[dim] for v in (node.args[0], piece)]  # type: ignore[union-attr]
+        alike = all(len({self.constants.size(size, batch) for size in sizes}) == 1 for batch in (2, 3))
+        return step == 1 and alike and not isinstance(sizes[0], int)
+
+    def _keep(self, node: torch.fx.Node, source: Any) -> None:
+        """A node whose value is that of another one."""
+        if source in self._values:
+            self._values[node] = self._values[source]
+        else:
+            self.constants.keep(node, source)
 
     def _moved(self, node: torch.fx.Node) -> Laid:
         """Views, and dimensions in another order."""
@@ -222,10 +221,13 @@ class Capture(Graph):
 
     def _captured(self, layer: type[Layer], k: dict[str, Any], value: Any) -> Laid | list[Laid]:
         """The layer written out on lines; its results laid out as its operands are."""
-        laid = [x for x in _flat(k.values()) if isinstance(x, Laid)]
+        k = self._with_dimension(k, value)
+        if self._on_floats(layer, k, value):
+            k = {key: v if key in layer.choosers else mapped(v, self._as_real) for key, v in k.items()}
+        laid = [x for x in flat(k.values()) if isinstance(x, Laid)]
         first = laid[0]
         if all(x.trivial for x in laid) or not layer.batch_anywhere:
-            names = _mapped(k, self._layout.batch_first)
+            names = mapped(k, self._layout.batch_first)
             first = Laid(first.line)
         else:
             rank = max(len(self._layout.shape(x)) for x in laid)
@@ -233,48 +235,17 @@ class Capture(Graph):
             first = laid[0]
             if any((x.place, x.left, x.right) != (first.place, first.left, first.right) for x in laid):
                 self.unsupported("its operands hold the batch in different dimensions")
-            names = _mapped(k, lambda x: self._of_rank(x, rank).line)
+            names = mapped(k, lambda x: self._of_rank(x, rank).line)
             own = layer.own_weights
             names = {key: v if key in own else self._laid_weights(v, first, rank) for key, v in names.items()}
         for key in layer.axes:
             names[key] = self._axes(names.get(key), first) if key in names else None
         found = layer.capture(self, **{key: v for key, v in names.items() if key in k})
+        exact = any(self.is_whole(x.line) for x in laid)
         if isinstance(found, list):
-            return [self._result(first, line, val) for line, val in zip(found, value, strict=False)]
-        return self._result(first, found, value)
-
-    def _of_rank(self, x: Laid, rank: int) -> Laid:
-        shape = self._layout.shape(x)
-        return x if len(shape) == rank else self._layout.view(x, (*(1,) * (rank - len(shape)), *shape))
-
-    def _laid_weights(self, value: Any, like: Laid, rank: int) -> Any:
-        """Constants as they broadcast against lines laid out like `like`."""
-        if isinstance(value, list):
-            return [self._laid_weights(v, like, rank) for v in value]
-        if (
-            not isinstance(value, str)
-            or not self.is_weight(value)
-            or len(self.fixed_shape(value)) <= rank - like.place - 1
-        ):
-            return value
-        shape = [1] * (rank - len(self.fixed_shape(value))) + list(self.fixed_shape(value))
-        if shape[like.place] != 1:
-            self.unsupported("a constant that differs along the batch")
-        wide = [1, *shape[: like.place], *[1] * like.extra, *shape[like.place + 1 :]]
-        return self.reshaped_weight(value, wide)
-
-    def _axes(self, dims: Any, x: Laid) -> Any:
-        """Dimensions as axes of the line; the batch is none of them, but for a slice that takes all of it."""
-        if dims is None:
-            return None
-        if isinstance(dims, (list, tuple)):
-            return [self._axes(d, x) for d in dims]
-        dim = dims % len(self._layout.shape(x))
-        if dim == x.place:
-            self.unsupported(
-                "it acts along the batch, but elements of a batch do not depend on each other; name other dimensions"
-            )
-        return x.axis(dim)
+            pairs = zip(found, value, strict=False)
+            return [self._result(first, self._typed(line, val, exact=exact), val) for line, val in pairs]
+        return self._result(first, self._typed(found, value, exact=exact), value)
 
     def _result(self, like: Laid, line: str, value: Any) -> Laid:
         """A result with the batch where PyTorch has it."""
@@ -290,42 +261,6 @@ class Capture(Graph):
             if self._layout.shape(found) != shape:
                 self.unsupported(f"its shape came out as {self._layout.shape(found)}, torch has {tuple(value.shape)}")
         return found
-
-    def _arguments(self, node: torch.fx.Node) -> dict[str, Any]:
-        """Arguments by the names of the ATen schema, defaults filled in; values as `Laid`, constants as lines."""
-        schema = getattr(node.target, "_schema", None)
-        if schema is None:
-            self.unsupported(f"'{node.target}' is no operator of PyTorch's, but a call with a graph of its own")
-        out: dict[str, Any] = {}
-        for i, argument in enumerate(schema.arguments):
-            if i < len(node.args):
-                value: Any = node.args[i]
-            elif argument.name in node.kwargs:
-                value = node.kwargs[argument.name]
-            else:
-                value = argument.default_value if argument.has_default_value() else None
-            out[argument.name] = self._resolve(value)
-        return out
-
-    def _resolve(self, value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return [self._resolve(v) for v in value]
-        if not isinstance(value, torch.fx.Node) or value in self._values:
-            return self._values.get(value, value) if isinstance(value, torch.fx.Node) else value
-        if value not in self.constants:
-            return value
-        if isinstance(value.meta.get("val"), _NUMBERS):
-            return self.constants.number(value)
-        if value not in self._lines:
-            try:
-                tensor = self.constants.value(value)
-            except NotConstant as reason:
-                self.unsupported(str(reason))
-            label = (
-                self._sources[value][0] if value in self._sources else f"{module_path(value) or 'model'}.{value.name}"
-            )
-            self._lines[value] = self.weight(label, tensor)
-        return self._lines[value]
 
     def _output(self, node: torch.fx.Node, reveal: str) -> str:
         given: Any = node.args[0]
@@ -389,22 +324,3 @@ def _order(node: torch.fx.Node, rank: int) -> list[int]:
     assert callable(node.target)
     probe = torch.empty(tuple(range(1, rank + 1)), device="meta")
     return [size - 1 for size in node.target(probe, *node.args[1:], **node.kwargs).shape]
-
-
-def _flat(values: Any) -> Iterator[Any]:
-    for value in values:
-        if isinstance(value, (list, tuple)):
-            yield from _flat(value)
-        else:
-            yield value
-
-
-def _mapped(value: Any, function: Any) -> Any:
-    """The arguments with every laid-out value replaced by its line."""
-    if isinstance(value, Laid):
-        return function(value)
-    if isinstance(value, dict):
-        return {key: _mapped(v, function) for key, v in value.items()}
-    if isinstance(value, list):
-        return [_mapped(v, function) for v in value]
-    return value

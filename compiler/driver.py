@@ -14,8 +14,9 @@ from torch.export import ExportedProgram
 
 from tacit.arguments import CONSTANTS, Arguments, Slot, arguments_of, bind, slots_of, slots_of_program
 from tacit.bug import reported
-from tacit.capture import INTEGERS, Capture, Range
+from tacit.capture import Capture, Range
 from tacit.export import export
+from tacit.graph import INTEGERS
 from tacit.ir.errors import CompileError, InputError, PrecisionWarning
 from tacit.ir.ops.model import CountCorrect
 from tacit.ir.ops.roles import Input
@@ -57,14 +58,15 @@ def compile(
     """Compile a trained model into a protocol plan and the shares-to-be of its weights.
 
     model: a torch.nn.Module in evaluation mode, a torch.fx.GraphModule, or an ExportedProgram with a dynamic batch.
-    example_inputs: a float tensor or a tuple of the model's arguments, each a float tensor or a tuple, list, dictionary
-        or dataclass of them; the first dimension of all is the batch. Indices of an embedding are integers. A
-        dictionary whose keys are names of forward's parameters holds its arguments by name; `({...},)` is one argument.
+    example_inputs: a tensor or a tuple of the model's arguments, each a tensor or a tuple, list, dictionary or
+        dataclass of them: floats, integers or truth values. The first dimension of all is the batch. A dictionary whose
+        keys are names of forward's parameters holds its arguments by name; `({...},)` is one argument.
     reveal: what the client learns: "logits", "argmax", or "correct" (how many of a batch match secret targets).
     protocol: "fused" (three-round comparisons) or "securenn" (the textbook suite, a baseline).
     calibration: inputs on which value ranges are measured, with a margin of one bit; without them, ranges are proved.
     input_range: (low, high), or one such pair for each input. Clients refuse inputs outside it. Default: symmetric,
-        to the power of two at or above twice the largest magnitude of the example, at least 4.
+        to the power of two at or above twice the largest magnitude of the example, at least 4; all that uint8, int8
+        and bool hold. The range of indices is that of the tables they are looked up in, whatever is given here.
     frac_bits: fractional bits of activations, 1 to 20; weights get up to four more. Default: the fewest with which
         logits stay within 2^-8 of the float model's, tried out on the whole example, on random, blank and faint
         inputs of the range. Where even 20 are too few, a PrecisionWarning names the layer.
@@ -173,9 +175,10 @@ def _require_tensors(arguments: Arguments, what: str) -> None:
         if reason := unreadable(given):
             raise CompileError(f"{what}: {place} {reason}")
         x = comparable(plain_tensor(given))
-        if x.dim() < 2 or len(x) == 0 or not (x.is_floating_point() or x.dtype in INTEGERS):
+        whole = x.dtype in (*INTEGERS, torch.bool)
+        if x.dim() < (1 if whole else 2) or len(x) == 0 or not (x.is_floating_point() or whole):
             raise CompileError(
-                f"{what} has to be a float tensor (or indices of an embedding), or a tuple of them, with the batch as "
+                f"{what} has to be a tensor of floats, integers or truth values, or a tuple of them, with the batch as "
                 "first dimension"
             )
         if not bool(torch.isfinite(x).all()):
@@ -195,11 +198,10 @@ def _bound(slots: Sequence[Slot], arguments: Arguments, what: str) -> dict[str, 
 
 
 def _ranges(given: Range | Sequence[Range] | None, by_label: Mapping[str, Tensor]) -> list[Range]:
+    """For each input; of integers that are indices, the tables tell it."""
     examples = list(by_label.values())
     if given is None:
-        reach = [max(_LEAST_REACH, 2 * float(x.abs().max())) for x in examples]  # of indices, the embedding tells it
-        powers = [2.0 ** math.ceil(math.log2(r)) for r in reach]
-        return [(-p, p) for p in powers]
+        return [_type_range(x) or _reach(x) for x in examples]
     try:
         listed: list[Any] = list(given)
         pairs = [listed] * len(examples) if isinstance(listed[0], (int, float)) else listed
@@ -216,7 +218,30 @@ def _ranges(given: Range | Sequence[Range] | None, by_label: Mapping[str, Tensor
     for (low, high), x in zip(out, examples, strict=True):
         if x.is_floating_point() and (float(x.min()) < low or float(x.max()) > high):
             raise CompileError(f"the example input lies outside input_range ({low}, {high})")
-    return out
+    return [pair if x.is_floating_point() else _whole(*pair, x) for pair, x in zip(out, examples, strict=True)]
+
+
+def _reach(x: Tensor) -> Range:
+    """Symmetric, to the power of two at or above twice the largest magnitude."""
+    reach = 2.0 ** math.ceil(math.log2(max(_LEAST_REACH, 2 * float(x.double().abs().max()))))
+    return -reach, reach
+
+
+def _type_range(x: Tensor) -> Range | None:
+    """What a small type holds."""
+    if x.dtype == torch.bool:
+        return 0.0, 1.0
+    small = x.dtype in (torch.uint8, torch.int8)
+    return (float(torch.iinfo(x.dtype).min), float(torch.iinfo(x.dtype).max)) if small else None
+
+
+def _whole(low: float, high: float, x: Tensor) -> Range:
+    """The whole numbers from low to high that the type of x holds."""
+    least, most = _type_range(x) or (low, high)
+    found = float(math.ceil(max(low, least))), float(math.floor(min(high, most)))
+    if found[0] > found[1]:
+        raise CompileError(f"input_range ({low}, {high}) holds no {x.dtype}")
+    return found
 
 
 def _require_fit(plan: Plan, values: Mapping[str, Tensor], what: str) -> None:
@@ -224,6 +249,12 @@ def _require_fit(plan: Plan, values: Mapping[str, Tensor], what: str) -> None:
         declared, x = plan.node(name).type, values[op.label]
         if tuple(x.shape) != declared.at(len(x)).dims:
             raise CompileError(f"{what} has shape {tuple(x.shape)} where the model takes {declared}")
+        low, high = op.ends(x.shape[1:])
+        if op.integers and bool(((x < low) | (x > high)).any()):
+            raise CompileError(
+                f"{what} holds integers for '{op.label}' outside of [{op.low:.0f}, {op.high:.0f}]"
+                f"{', or of the range of their place' if op.along else ''}, where their tables or input_range end"
+            )
 
 
 def _inputs(plan: Plan) -> list[tuple[str, Input]]:
@@ -242,7 +273,8 @@ def _probes(plan: Plan, examples: Mapping[str, Tensor], calibration: Mapping[str
             more = calibration[op.label][:_CALIBRATED_PROBES].double()
         else:
             spread = torch.rand((_PROBES, *shown.shape[1:]), generator=generator, dtype=torch.float64)
-            spread = op.low + spread * (op.high - op.low)
+            low, high = op.ends(shown.shape[1:])
+            spread = low + spread * (high - low)
             more = spread.round() if op.integers else spread
         chosen[op.label] = torch.cat([shown, more])
     return _with_targets(plan, chosen)
@@ -254,9 +286,9 @@ def _edges(plan: Plan) -> dict[str, Tensor]:
     chosen = {}
     for name, op in _inputs(plan):
         shape = plan.node(name).type.at(1).dims
-        zero = min(max(0.0, op.low), op.high)
-        above = op.low + 0.6 * (op.high - op.low)
-        rows = [torch.full(shape, value, dtype=torch.float64) for value in (op.low, op.high, zero, zero, above)]
+        low, high = op.ends(shape[1:])
+        zero, above = torch.zeros_like(low).clamp(low, high), low + 0.6 * (high - low)
+        rows = [value[None].clone() for value in (low, high, zero, zero, above)]
         if op.integers:
             rows[4].round_()
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import linecache
 import logging
 import sys
@@ -9,7 +10,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from functools import wraps
 from pathlib import Path
 from types import FrameType
@@ -91,6 +92,9 @@ def export(
     except TacitError:
         raise
     except Exception as error:  # torch.export raises many unrelated types
+        if _fixes_the_batch(error):
+            with suppress(Exception), _symbolic_lengths():
+                return run()
         raise CompileError(_told(error, model, run)) from error
 
 
@@ -117,13 +121,32 @@ def _require_fit_module(model: torch.nn.Module) -> None:
             raise CompileError(f"'{name}' is {value.dtype}; weights are float32 or float64: convert with model.float()")
 
 
+def _fixes_the_batch(error: Exception) -> bool:
+    return "specialized" in str(error) or "Constraints violated" in str(error)
+
+
+@contextmanager
+def _symbolic_lengths() -> Iterator[None]:
+    """len(x), of which Python makes a plain number, as the symbolic x.shape[0]."""
+    length = len
+
+    def symbolic(x: Any) -> Any:
+        return x.shape[0] if isinstance(x, Tensor) and x.dim() else length(x)
+
+    builtins.len = symbolic
+    try:
+        yield
+    finally:
+        builtins.len = length
+
+
 def _told(error: Exception, model: torch.nn.Module, again: Callable[[], object]) -> str:
     """What torch.export ran into, where in the model, and what to do."""
     said = (str(error) or type(error).__name__).strip()
     advice, place = _OTHER, _place(traceback.walk_tb(error.__traceback__), model)
     if "data-dependent" in said or "DataDependent" in type(error).__name__:
         advice = _VALUES
-    elif "specialized" in said or "Constraints violated" in said:
+    elif _fixes_the_batch(error):
         advice, place = _FIXED, _where_the_batch_was_fixed(model, again)
     return (
         f"{place}torch.export could not capture the model with a batch of any size. {advice}.\n"

@@ -12,15 +12,26 @@ from torch.export import ExportedProgram
 
 from tacit.constants import Constants
 from tacit.export import module_path, source_line
+from tacit.indices import Indices
 from tacit.ir.build import Builder
 from tacit.ir.errors import CompileError, draw
 from tacit.ir.op import Level, Op
+from tacit.ir.ops.arithmetic import Add, MulScalar
+from tacit.ir.ops.layer import Layer
 from tacit.ir.ops.model import AsReal
-from tacit.ir.ops.roles import Weight
+from tacit.ir.ops.moves import Move, Reshape, Slice
+from tacit.ir.ops.roles import Input, Weight
 from tacit.ir.types import Batch, Dim, Type, dim_at
 
 Tensor = torch.Tensor
 FLOATS = (torch.float32, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_SOFTMAXES = {"softmax", "safe_softmax"}
+_KEEPS_SCORES = {
+    "add", "alias", "baddbmm", "clone", "contiguous", "expand", "flatten", "masked_fill", "permute", "repeat",
+    "reshape", "select", "slice", "squeeze", "to", "to_copy", "transpose", "type_as", "unflatten", "unsafe_view",
+    "unsqueeze", "view", "view_as"
+}  # fmt: skip
 
 
 class Graph(Builder):
@@ -34,6 +45,8 @@ class Graph(Builder):
         self.node: torch.fx.Node | None = None
         self.constants = Constants()
         self.truths: set[str] = set()  # lines of truth values
+        self.indices = Indices(self)
+        self.wholes: set[str] = set()  # lines of whole numbers, truth values among them: without fractional bits
         self._labels: dict[str, str] = {}  # the label of each line that holds a weight
         self._raw: dict[str, Tensor] = {}  # constants as the model has them, truth values and indices among them
         self._ops: dict[str, tuple[Op, tuple[str, ...]]] = {}
@@ -51,7 +64,7 @@ class Graph(Builder):
 
     def op(self, name: str) -> Op | None:
         """What a line was made by; numbers made of a truth value count as the truth value."""
-        op, args = self._ops.get(name, (None, ()))
+        op, args = self.made_by(name)
         return self.op(args[0]) if isinstance(op, AsReal) else op
 
     def operands(self, name: str) -> tuple[str, ...]:
@@ -66,12 +79,18 @@ class Graph(Builder):
 
     def emit(self, op: Op, *args: str, name: str = "", width: int | None = None) -> str:
         """As every builder; an op on constants alone is computed here and becomes a constant."""
+        whole = isinstance(op, Layer) and op.is_whole(*(self.is_whole(arg) for arg in args))
         if args and all(self.is_weight(arg) for arg in args):
             operands = [self.value(arg) for arg in args]
-            operands = [x if x.is_floating_point() else x.float() for x in operands]
-            return self.constant(f"folded{len(self.weights)}", op.reference(None, *operands))
+            operands = [x if x.is_floating_point() else x.double() if whole else x.float() for x in operands]
+            value = op.reference(None, *operands)
+            return self.constant(f"folded{len(self.weights)}", value.long() if whole else value)
         line = super().emit(op, *args, name=name, width=width)
         self._ops[line] = (op, args)
+        if whole:
+            self.wholes.add(line)
+        if isinstance(op, Move) and all(self.is_truth(arg) for arg in args):
+            self.truths.add(line)
         return line
 
     def is_weight(self, name: str) -> bool:
@@ -83,7 +102,20 @@ class Graph(Builder):
 
         if self.is_weight(name):
             return self.value(name).dtype == torch.bool
-        return name in self.truths or isinstance(self._ops.get(name, (None,))[0], Comparison)
+        return name in self.truths or isinstance(self.made_by(name)[0], Comparison)
+
+    def is_whole(self, name: str) -> bool:
+        """Whether the line holds whole numbers, as PyTorch has them in a type of integers or truth values."""
+        return not self.value(name).is_floating_point() if self.is_weight(name) else name in self.wholes
+
+    def made_by(self, name: str) -> tuple[Op | None, tuple[str, ...]]:
+        """The op of a line and its operands; nothing for an input or a weight."""
+        return self._ops.get(name, (None, ()))
+
+    def whole_of(self, name: str, *beside: float) -> str:
+        """The whole numbers that a line has as reals; the line itself where it has none, or one of `beside` is none."""
+        op, args = self.made_by(name)
+        return args[0] if isinstance(op, AsReal) and all(x == int(x) for x in beside) else name
 
     def value(self, name: str) -> Tensor:
         """The constant behind a line."""
@@ -102,6 +134,20 @@ class Graph(Builder):
             unique = f"{self.path or 'model'}.{label}{len(self.weights)}"
             label += "_"
         return self.weight(unique, value)
+
+    def valued(self, weight: str, rank: int = 0) -> str:
+        """A constant as a value, of that rank at least, for what takes two of these; it comes with a batch of one."""
+        shape = self.fixed_shape(weight)
+        weight = self.reshaped_weight(weight, (*(1,) * (rank - len(shape)), *shape))
+        inputs = sorted((n for n in self.nodes if isinstance(n.op, Input)), key=lambda n: self.is_whole(n.name))
+        base = inputs[-1 if self.is_whole(weight) else 0].name
+        if self.is_whole(weight) and not self.is_whole(base):
+            self.unsupported("integers that repeat along the batch, in a model without an input of integers")
+        flat = self.emit(Reshape((math.prod(self.fixed_shape(base)[1:]),)), base)
+        first = self.emit(Slice(1, 0, 1), flat)
+        first = first if self.is_whole(weight) == self.is_whole(base) else self.emit(AsReal(), first)
+        nothing = self.emit(Reshape((1,) * (len(self.fixed_shape(weight)) - 1)), self.emit(MulScalar(0.0), first))
+        return self.emit(Add(), nothing, weight)
 
     def reshaped_weight(self, name: str, shape: Sequence[int]) -> str:
         """A constant in another shape."""
@@ -130,10 +176,18 @@ class Graph(Builder):
         dtype: torch.dtype = self.node.meta["val"].dtype
         return dtype
 
-    def only_for(self, operator: str) -> bool:
-        """Whether nothing but this operator reads the result of the graph node under way."""
-        assert self.node is not None
-        return all(f".{operator}." in str(user.target) for user in self.node.users)
+    def before_softmax(self, node: torch.fx.Node | None = None) -> bool:
+        """Whether a graph node, the one under way, is read by softmaxes alone, added to and moved about before."""
+        node = node or self.node
+        assert node is not None
+
+        def leads_there(user: torch.fx.Node) -> bool:
+            name = str(user.target).removeprefix("aten.").split(".")[0].strip("_")
+            if name == "scaled_dot_product_attention":
+                return node not in user.args[:3]
+            return name in _SOFTMAXES or (name in _KEEPS_SCORES and self.before_softmax(user))
+
+        return bool(node.users) and all(map(leads_there, node.users))
 
     def uses(self, index: int) -> bool:
         """Whether this one of several results of the graph node under way is read."""
@@ -171,7 +225,7 @@ class Graph(Builder):
         if wrong and not bool(torch.isfinite(value[value != -torch.inf]).all()):  # a mask may hold minus infinity
             self.unsupported(f"'{label}' holds NaN or infinity")
         shaped = value.reshape(1) if value.dim() == 0 else value
-        self.weights[label] = shaped if value.is_floating_point() else shaped.float()
+        self.weights[label] = shaped if value.is_floating_point() else shaped.double()
         self._raw[label] = value
         name = self.declare(Weight(label), Type("real", tuple(shaped.shape)), name=self.fresh("w"))
         self._labels[name] = label

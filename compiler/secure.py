@@ -283,17 +283,21 @@ def check_input(node: Node, value: Tensor) -> Tensor:
     if tuple(value.shape) != wanted:
         shape = "x".join(str(d) for d in node.type.shape)
         raise InputError(f"input '{op.label}' has shape {tuple(value.shape)}, the plan takes {shape}, N at least 1")
-    if value.is_floating_point() == op.integers or value.dtype == torch.bool:
-        raise InputError(
-            f"input '{op.label}' is {value.dtype}, the plan takes {'integers' if op.integers else 'floats'}"
-        )
+    truths = op.integers and op.low >= 0 and op.high <= 1
+    if value.is_floating_point() == op.integers or (value.dtype == torch.bool and not truths):
+        takes = "floats, as torch.float32" if not op.integers else "integers, as torch.int64"
+        raise InputError(f"input '{op.label}' is {value.dtype}, the plan takes {takes}{' or torch.bool' * truths}")
     if not bool(torch.isfinite(value).all()):
         raise InputError(f"input '{op.label}' holds NaN or infinity")
-    outside = int(((value < op.low) | (value > op.high)).sum())
+    ends = op.ends(value.shape[1:]) if op.along else (op.low, op.high)
+    found = value.double() if op.integers else value  # exact, as every range ends below 2^53
+    outside = int(((found < ends[0]) | (found > ends[1])).sum())
     if outside:
+        remedy = "compile with a wider input_range"
         raise InputError(
-            f"input '{op.label}': {outside} of {value.numel()} values lie outside the range [{op.low}, {op.high}] "
-            "for which the plan was compiled; compile with a wider input_range"
+            f"input '{op.label}': {outside} of {value.numel()} values lie outside the range "
+            f"{'of their place, within ' if op.along else ''}[{op.low}, {op.high}] for which the plan was compiled; "
+            f"{f'indices end with their tables, else {remedy}' if op.integers else remedy}"
         )
     return value
 

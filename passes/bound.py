@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -62,7 +61,9 @@ def intervals(draft: Draft) -> Iterator[Bounded]:
         operands = tuple(_operand(plan, arg, draft.weights, known) for arg in node.args)
         node = _fitted(node, operands)
         proved = _interval(node, draft.weights, operands)
-        interval = proved.meet(seen[node.name]) if node.name in seen and not node.op.declares else proved
+        # Whole numbers may be indices, which have to be right for every input.
+        measured = node.name in seen and not node.op.declares and node.type.frac > 0
+        interval = proved.meet(seen[node.name]) if measured else proved
         if not isinstance(node.op, Weight):  # as float64 they would take twice the memory of the model
             known[node.name] = interval
         yield Bounded(node, interval, operands, interval.ends != proved.ends)
@@ -78,8 +79,13 @@ def _fitted(node: Node, operands: Sequence[Interval]) -> Node:
     try:
         return replace(node, op=node.op.fitted(*operands))
     except CompileError as error:
-        where = f"module '{node.path or node.op.function}'{' (' + node.source + ')' if node.source else ''}"
-        raise CompileError(f"{where}: {error}") from None
+        raise _located(node, error) from None
+
+
+def _located(node: Node, error: CompileError) -> CompileError:
+    name = node.path or getattr(node.op, "function", "")
+    where = f"module '{name}'" if name else "the model"
+    return CompileError(f"{where}{' (' + node.source + ')' if node.source else ''}: {error}")
 
 
 def _operand(plan: Plan, name: str, weights: Values, known: Mapping[str, Interval]) -> Interval:
@@ -93,8 +99,12 @@ def _interval(node: Node, weights: Values, operands: Sequence[Interval]) -> Inte
         return Interval.full((), float(value.min()), float(value.max()))
     if isinstance(node.op, Input):
         scale = 2.0**node.type.frac
-        return Interval.full(node.type.at(1).dims[1:], math.floor(node.op.low * scale), math.ceil(node.op.high * scale))
-    found: Interval = node.op.bound(*operands)
+        exact = Interval(*node.op.ends(node.type.at(1).dims[1:])).map(lambda v: v * scale)
+        return Interval(exact.map(torch.floor).low, exact.map(torch.ceil).high)
+    try:
+        found: Interval = node.op.bound(*operands)
+    except CompileError as error:
+        raise _located(node, error) from None
     if found.low.dim() == len(node.type.shape):  # a constant brings a dimension of one element for the batch
         found = Interval(found.low[0], found.high[0])
     return _coarser(found)

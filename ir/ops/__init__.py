@@ -10,6 +10,7 @@ from tacit.ir.ops import (
     compare,
     comparison,
     embedding,
+    indexing,
     known,
     linear,
     local,
@@ -28,6 +29,7 @@ from tacit.ir.ops import (
     shaping,
     softmax,
     spline,
+    whole,
 )
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "compare",
     "comparison",
     "embedding",
+    "indexing",
     "known",
     "linear",
     "local",
@@ -58,4 +61,5 @@ __all__ = [
     "shaping",
     "softmax",
     "spline",
+    "whole",
 ]

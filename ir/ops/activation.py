@@ -43,6 +43,9 @@ class ReLU(ModelOp):
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         return args[0].relu()
 
+    def is_whole(self, *operands: bool) -> bool:
+        return all(operands)
+
     def expand(self, b: FixedBuilder, *args: str) -> str:
         return b.at_scale(b.emit(nonlinear.FixedReLU(), args[0]))
 
@@ -83,17 +86,25 @@ class Clamp(ModelOp):
         high = math.inf if high in (None, math.inf) else graph.scalar(high)
         return graph.emit(cls(min(low, high), high), k["self"])
 
+    def is_whole(self, *operands: bool) -> bool:
+        return all(operands) and not self._between
+
+    @property
+    def _between(self) -> bool:
+        """Whether an end is no whole number, and takes fractional bits."""
+        return any(math.isfinite(end) and end != int(end) for end in (self.low, self.high))
+
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         return args[0].clamp(self.low, self.high)
 
     def expand(self, b: FixedBuilder, *args: str) -> str:
-        x = b.aligned(args[0], b.frac) if b.types[args[0]].frac < b.frac else args[0]
+        x = b.aligned(args[0], b.frac) if b.types[args[0]].frac < b.frac and self._between else args[0]
         below = b.relu(b.plus_scalar(x, -self.low)) if math.isfinite(self.low) else None
         above = b.relu(b.plus_scalar(x, -self.high)) if math.isfinite(self.high) else None
         if below is None:
             return x if above is None else b.minus(b.at_scale(x), above)
-        out = below if above is None else b.minus(below, above)
-        return b.plus_scalar(out, self.low)
+        out = b.plus_scalar(below if above is None else b.minus(below, above), self.low)
+        return out if b.types[out].frac else b.known(out, low=self.low, high=min(self.high, 2.0**62))
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:

@@ -36,13 +36,21 @@ class Add(ModelOp):
 
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str:
+        from tacit.ir.ops.compare import either
+
         x, y, sign = k["self"], k["other"], -1.0 if graph.target.startswith("aten.sub") else 1.0
         factor = sign * graph.scalar(k["alpha"])
         if not isinstance(y, str):
-            return graph.emit(AddScalar(factor * graph.scalar(y)), x)
+            value = factor * graph.scalar(y)
+            return graph.emit(AddScalar(value), graph.whole_of(x, value))
+        if graph.result_dtype() == torch.bool:
+            return either(graph, x, y)
         if factor != 1.0:
             y = graph.emit(MulScalar(factor), y)
         return graph.emit(cls(), y, x) if graph.is_weight(x) else graph.emit(cls(), x, y)
+
+    def is_whole(self, *operands: bool) -> bool:
+        return all(operands)
 
     def infer(self, *args: Type) -> Type:
         shape = broadcast(args[0].shape, args[1].shape)
@@ -84,8 +92,11 @@ class Mul(ModelOp):
     aten = ("aten.mul.Tensor", "aten.mul_.Tensor", "aten.div.Tensor", "aten.div_.Tensor")
     batch_anywhere = True
 
+    whole: bool = False  # both are whole numbers, and the constant is encoded without fractional bits
+
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str:
+        from tacit.ir.ops.compare import finite
         from tacit.ir.ops.products import product, quotient
 
         x, y = k["self"], k["other"]
@@ -93,14 +104,24 @@ class Mul(ModelOp):
             graph.unsupported("a quotient that is rounded")
         divide = graph.target.startswith("aten.div")
         if not isinstance(y, str):
-            return graph.emit(MulScalar(graph.scalar(inverse(y) if divide else y)), x)
+            x = graph.whole_of(x)
+            value = inverse(y) if divide else finite(graph, y) if graph.is_whole(x) else y
+            return graph.emit(MulScalar(graph.scalar(value)), x)
         if divide and graph.is_weight(y):
             y = graph.emit(Reciprocal(), y)
         elif divide:
             return quotient(graph, x, y)
         if graph.is_weight(x):
             x, y = y, x
-        return graph.emit(cls(), x, y) if graph.is_weight(y) else product(graph, x, y)
+        return cls.of(graph, x, y) if graph.is_weight(y) else product(graph, x, y)
+
+    @classmethod
+    def of(cls, graph: Capture, x: str, constant: str) -> str:
+        """x times a constant; whole numbers stay whole."""
+        return graph.emit(cls(graph.is_whole(x) and graph.is_whole(constant)), x, constant)
+
+    def is_whole(self, *operands: bool) -> bool:
+        return all(operands)
 
     def infer(self, *args: Type) -> Type:
         return Add().infer(*args)
@@ -109,12 +130,12 @@ class Mul(ModelOp):
         return args[0] * args[1]
 
     def expand(self, b: FixedBuilder, *args: str) -> str:
-        w = b.weight(args[1], b.weight_frac)
+        w = b.weight(args[1], 0 if self.whole else b.weight_frac)
         return b.emit(fixed_linear.FixedMul(), b.as_factor(b.broadcast_to(args[0], tuple(b.real(args[1]).shape))), w)
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
-        return (Sample(cls(), (real(_N, 3, 4, 4), real(3, 1, 1))),)
+        return tuple(Sample(cls(whole), (real(_N, 3, 4, 4), real(3, 1, 1))) for whole in (False, True))
 
 
 @dataclass(frozen=True)
@@ -145,16 +166,19 @@ class AddScalar(ModelOp):
     def capture(cls, graph: Capture, **k: Any) -> str:
         value, x, alpha = graph.scalar(k["other"]), k["self"], graph.scalar(k["alpha"])
         if graph.target == "aten.rsub.Scalar":  # other - alpha * self
-            return graph.emit(cls(value), graph.emit(MulScalar(-alpha), x))
+            return graph.emit(cls(value), graph.emit(MulScalar(-alpha), graph.whole_of(x, value, alpha)))
         value *= alpha
-        return graph.emit(cls(-value if graph.target == "aten.sub.Scalar" else value), x)
+        return graph.emit(cls(-value if graph.target == "aten.sub.Scalar" else value), graph.whole_of(x, value))
+
+    def is_whole(self, *operands: bool) -> bool:
+        return all(operands) and self.value == int(self.value)
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         return args[0] + self.value
 
     def expand(self, b: FixedBuilder, *args: str) -> str:
-        x = b.aligned(args[0], b.frac) if b.types[args[0]].frac < b.frac else args[0]
-        return b.plus_scalar(x, self.value)
+        coarse = b.types[args[0]].frac < b.frac and self.value != int(self.value)
+        return b.plus_scalar(b.aligned(args[0], b.frac) if coarse else args[0], self.value)
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
@@ -176,7 +200,11 @@ class MulScalar(ModelOp):
         if graph.target.startswith("aten.neg"):
             return graph.emit(cls(-1.0), k["self"])
         value = k["other"]
-        return graph.emit(cls(graph.scalar(inverse(value) if graph.target == "aten.div.Scalar" else value)), k["self"])
+        value = graph.scalar(inverse(value) if graph.target == "aten.div.Scalar" else value)
+        return graph.emit(cls(value), graph.whole_of(k["self"]))
+
+    def is_whole(self, *operands: bool) -> bool:
+        return all(operands) and self.value == int(self.value)
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         return args[0] * self.value
@@ -187,7 +215,9 @@ class MulScalar(ModelOp):
             return b.emit(local.MulPublic(b.constant(self.value, 0)), args[0])
         if abs(mantissa) == 0.5 and 1 - exponent <= b.weight_frac:  # a power of two: the scale takes it up
             return b.emit(local.MulPublic(int(2 * mantissa), 1 - exponent), args[0])
-        return b.emit(local.MulPublic(b.constant(self.value, b.weight_frac), b.weight_frac), b.as_factor(args[0]))
+        # Whole numbers leave the fractional bits of activations to the constant.
+        bits = b.weight_frac + (b.frac if b.types[args[0]].frac == 0 else 0)
+        return b.emit(local.MulPublic(b.constant(self.value, bits), bits), b.as_factor(args[0]))
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
@@ -205,6 +235,9 @@ class SumAlong(ModelOp):
 
     over: tuple[int, ...]
     mean: bool = False
+
+    def is_whole(self, *operands: bool) -> bool:
+        return all(operands) and not self.mean
 
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str:

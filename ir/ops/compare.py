@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,8 @@ from tacit.ir.ops import choice, local
 from tacit.ir.ops.arithmetic import Add, AddScalar, Mul, MulScalar
 from tacit.ir.ops.layer import Layer, real
 from tacit.ir.ops.model import ModelOp
+from tacit.ir.ops.products import Times
+from tacit.ir.ops.whole import Within
 from tacit.ir.types import Batch, Type, broadcast
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ Tensor = torch.Tensor
 _N = Batch()
 # What stands for minus infinity before a softmax: exp of it is 0, beside scores of up to some hundreds.
 MASKED = -512.0
+_NO_SCORE = -1e6
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,9 @@ class Comparison(ModelOp):
     batch_anywhere = True
 
     strict: bool = False
+
+    def is_whole(self, *operands: bool) -> bool:
+        return True
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         return (args[0] > 0 if self.strict else args[0] >= 0).to(args[0].dtype)
@@ -60,6 +65,9 @@ class Selection(ModelOp):
     batch_anywhere = True
 
     strict: bool = False
+
+    def is_whole(self, *operands: bool) -> bool:
+        return operands[1]
 
     def infer(self, *args: Type) -> Type:
         shape = broadcast(args[0].shape, args[1].shape)
@@ -97,11 +105,9 @@ class Compare(Layer):
         d = difference(graph, k["self"], k["other"])
         if name in ("gt", "ge"):
             return graph.emit(Comparison(strict=name == "gt"), d)
-        back = graph.emit(MulScalar(-1.0), d)
         if name in ("lt", "le"):
-            return graph.emit(Comparison(strict=name == "lt"), back)
-        equal = together(graph, graph.emit(Comparison(), d), graph.emit(Comparison(), back), -1.0)
-        return equal if name == "eq" else negation(graph, equal)
+            return graph.emit(Comparison(strict=name == "lt"), graph.emit(MulScalar(-1.0), d))
+        return unequal(graph, d) if name == "ne" else equal(graph, d)
 
 
 class Logic(Layer):
@@ -122,12 +128,12 @@ class Logic(Layer):
         if name == "not":
             return negation(graph, k["self"])
         both = together(graph, k["self"], k["other"], -1.0)
-        if name == "and":
-            return graph.emit(Comparison(strict=True), both)
         if name == "or":
             return graph.emit(Comparison(), both)
-        either, twice = graph.emit(Comparison(), both), graph.emit(Comparison(strict=True), both)
-        return together(graph, either, graph.emit(MulScalar(-1.0), twice), 0.0)
+        twice = graph.emit(Comparison(strict=True), both)
+        if name == "and":
+            return twice
+        return together(graph, graph.emit(Comparison(), both), graph.emit(MulScalar(-1.0), twice), 0.0)
 
 
 @dataclass(frozen=True)
@@ -141,6 +147,9 @@ class Sign(ModelOp):
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str:
         return graph.emit(cls(), k["self"])
+
+    def is_whole(self, *operands: bool) -> bool:
+        return True
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         return args[0].sign()
@@ -171,14 +180,13 @@ class Where(Layer):
         "aten.masked_fill_.Tensor",
     )
     batch_anywhere = True
+    choosers = ("mask", "condition")
 
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str:
         if "masked_fill" in graph.target:
-            if k["value"] == -math.inf and graph.only_for("softmax"):
-                k["value"] = MASKED
-            return chosen(graph, k["mask"], k["value"], k["self"])
-        return chosen(graph, k["condition"], k["self"], k["other"])
+            return chosen(graph, k["mask"], finite(graph, k["value"]), k["self"])
+        return chosen(graph, k["condition"], *(finite(graph, k[key]) for key in ("self", "other")))
 
 
 class Threshold(Layer):
@@ -200,6 +208,12 @@ class Threshold(Layer):
         return graph.emit(Add(), *kept)
 
 
+def finite(graph: Capture, value: Any) -> Any:
+    """A number that masks scores of a softmax, minus infinity or as good as that, as one that has few bits."""
+    masks = isinstance(value, (int, float)) and value <= _NO_SCORE and graph.before_softmax()
+    return MASKED if masks else value
+
+
 def difference(graph: Capture, x: str, y: Any) -> str:
     """x - y for tensors and scalars."""
     if not isinstance(y, str):
@@ -207,6 +221,24 @@ def difference(graph: Capture, x: str, y: Any) -> str:
     if graph.is_weight(x):
         return graph.emit(Add(), graph.emit(MulScalar(-1.0), y), x)
     return graph.emit(Add(), x, graph.emit(MulScalar(-1.0), y))
+
+
+def equal(graph: Capture, d: str) -> str:
+    """d == 0."""
+    back = graph.emit(MulScalar(-1.0), d)
+    both = together(graph, graph.emit(Comparison(), d), graph.emit(Comparison(), back), -1.0)
+    return graph.emit(Within(0, 1, claimed=True), both)
+
+
+def unequal(graph: Capture, d: str) -> str:
+    """d != 0."""
+    return negation(graph, equal(graph, d))
+
+
+def either(graph: Capture, x: str, y: Any) -> str:
+    """x or y, of truth values."""
+    total = together(graph, x, y, 0.0) if isinstance(y, str) else graph.emit(AddScalar(float(y)), x)
+    return graph.emit(Comparison(strict=True), total)
 
 
 def together(graph: Capture, x: str, y: str, constant: float) -> str:
@@ -246,19 +278,19 @@ def _masked(graph: Capture, mask: str, x: Any, y: Any) -> str:
         if not isinstance(value, str):
             parts.append(graph.emit(MulScalar(graph.scalar(value)), factor))
         else:
-            parts.append(graph.emit(Mul(), *((factor, value) if graph.is_weight(value) else (value, factor))))
+            parts.append(Mul.of(graph, *((factor, value) if graph.is_weight(value) else (value, factor))))
     return together(graph, parts[0], parts[1], 0.0)
 
 
 def selected(graph: Capture, bit: str, x: str, y: str | float | None) -> str:
     """x where the secret truth value is 1, else y, which is 0 if there is none."""
-    op = graph.op(bit)
-    if isinstance(op, Comparison):
-        strict, d = op.strict, graph.operands(bit)[0]
+    op, bit, gain = graph.op(bit), graph.whole_of(bit), x if not y else difference(graph, x, y)
+    if graph.is_weight(gain):
+        out = Mul.of(graph, bit, gain)
+    elif isinstance(op, Comparison):
+        out = graph.emit(Selection(op.strict), graph.operands(bit)[0], gain)
     else:
-        strict, d = True, graph.emit(AddScalar(-0.5), bit)
-    gain = x if not y else difference(graph, x, y)
-    out = graph.emit(Mul(), bit, gain) if graph.is_weight(gain) else graph.emit(Selection(strict), d, gain)
+        out = graph.emit(Times(), gain, bit)
     if not y:
         return out
     return together(graph, out, y, 0.0) if isinstance(y, str) else graph.emit(AddScalar(y), out)

@@ -120,6 +120,9 @@ class Absolute(ModelOp):
         out: str = graph.emit(cls(), k["self"])
         return out
 
+    def is_whole(self, *operands: bool) -> bool:
+        return all(operands)
+
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         return args[0].abs()
 

@@ -21,14 +21,18 @@ class Layer:
         by element, along the last dimension, or along `axes`. Lines always have it first, the other dimensions in
         order behind it.
     own_weights: names of arguments that are constants of a shape of their own, not to be broadcast.
+    unresolved: names of arguments that arrive as nodes of the exported graph where they are constants.
     increasing: whether it is an increasing function of each element; such a one commutes with maxima.
+    choosers: names of arguments that choose, truth values and indices: they stay whole numbers beside floats.
     """
 
     aten: ClassVar[tuple[str, ...]] = ()
     axes: ClassVar[tuple[str, ...]] = ()
     batch_anywhere: ClassVar[bool] = False
     own_weights: ClassVar[tuple[str, ...]] = ()
+    unresolved: ClassVar[tuple[str, ...]] = ()
     increasing: ClassVar[bool] = False
+    choosers: ClassVar[tuple[str, ...]] = ()
     known: ClassVar[list[type[Layer]]] = []
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -43,6 +47,10 @@ class Layer:
     def expand(self, b: FixedBuilder, *args: str) -> str:
         """Write the fixed-point form; operands that are weights come as their labels."""
         raise NotImplementedError
+
+    def is_whole(self, *operands: bool) -> bool:
+        """Whether the result has no fractional bits and is exact, given which operands are such whole numbers."""
+        return False
 
 
 def layers() -> dict[str, type[Layer]]:

@@ -85,6 +85,9 @@ class NoOp(ModelOp):
         out = graph.emit(cls(), k["input"] if "input" in k else k["self"])
         return [out] if "native" in graph.target else out
 
+    def is_whole(self, *operands: bool) -> bool:
+        return all(operands)
+
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         return args[0]
 
@@ -95,7 +98,7 @@ class NoOp(ModelOp):
 
 @dataclass(frozen=True)
 class AsReal(ModelOp):
-    """A truth value or an index as a number with the fractional bits of activations."""
+    """Whole numbers, truth values among them, as numbers with the fractional bits of activations."""
 
     name = "model.as_real"
     batch_anywhere = True
@@ -112,7 +115,7 @@ class AsReal(ModelOp):
 
 
 class Conversion(Layer):
-    """x.float(), x.to(...), x.double(): nothing between real types, and a number where a truth value was."""
+    """x.float(), x.to(...), x.long(): nothing between types of one kind; whole numbers gain fractional bits."""
 
     aten = (
         "aten.to.dtype",
@@ -123,15 +126,25 @@ class Conversion(Layer):
         "aten._to_copy.default",
     )
     batch_anywhere = True
+    choosers = ("self",)
 
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str:
-        wanted, truth = graph.result_dtype(), graph.is_truth(k["self"])
+        from tacit.ir.ops.compare import unequal
+
+        x, wanted = k["self"], graph.result_dtype()
         if wanted in (torch.float32, torch.float64):
-            return graph.emit(AsReal() if truth else NoOp(), k["self"])
-        if not truth or wanted.is_complex or wanted.is_floating_point:
+            return graph.emit(AsReal() if graph.is_whole(x) else NoOp(), x)
+        if wanted.is_complex or wanted.is_floating_point:
             graph.unsupported(f"a conversion to {wanted}; values are float32 or float64")
-        return graph.emit(NoOp(), k["self"])
+        if wanted == torch.bool and not graph.is_truth(x):
+            return unequal(graph, x)
+        if not graph.is_whole(x):
+            graph.unsupported(
+                f"a conversion of floats to {wanted}, which rounds; compare them, as in x > 0.5, or pass integers as "
+                "an input of their own"
+            )
+        return graph.emit(NoOp(), x)
 
 
 @dataclass(frozen=True)
@@ -141,6 +154,9 @@ class Argmax(ModelOp):
     name = "model.argmax"
     aten = ("aten.argmax.default", "aten.argmin.default")
     axes = ("dim",)
+
+    def is_whole(self, *operands: bool) -> bool:
+        return True
 
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str:

@@ -35,6 +35,9 @@ class Move(Layer, LocalOp):
     def moved(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def is_whole(self, *operands: bool) -> bool:
+        return all(operands)
+
     def infer(self, x: Type) -> Type:
         expect(x.kind in ("real", "secret"), f"expected a real or secret operand, found {x}")
         expect(x.batched, f"only a batched value is moved about: {x}")
@@ -242,7 +245,7 @@ class Concat(Move):
     """Values one after the other along an axis, at one scale. Weights among them are the same for all of the batch."""
 
     name = "concat"
-    aten = ("aten.cat.default", "aten.concat.default", "aten.concatenate.default")
+    aten = ("aten.cat.default", "aten.concat.default", "aten.concatenate.default", "aten.stack.default")
     axes = ("dim",)
 
     axis: int

@@ -139,6 +139,9 @@ class Placed(ModelOp):
 
     name = "model.placed"
 
+    def is_whole(self, *operands: bool) -> bool:
+        return operands[1]
+
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         return (args[0] @ args[1][..., None]).squeeze(-1)
 
@@ -158,6 +161,9 @@ class PlacedIndices(ModelOp):
     """The indices of those places (N x lines x ranks x n), without a message: sums of the ends of each line."""
 
     name = "model.placed_indices"
+
+    def is_whole(self, *operands: bool) -> bool:
+        return True
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         return args[0] @ torch.arange(args[0].shape[-1], dtype=args[0].dtype, device=args[0].device)

@@ -38,6 +38,9 @@ class MaxPool2d(ModelOp):
     dilation: tuple[int, ...] = (1, 1)
     ceil_mode: bool = False
 
+    def is_whole(self, *operands: bool) -> bool:
+        return all(operands)
+
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str:
         kernel = spread(k["kernel_size"], 2)

@@ -32,6 +32,9 @@ class Times(ModelOp):
     name = "model.times"
     batch_anywhere = True
 
+    def is_whole(self, *operands: bool) -> bool:
+        return all(operands)
+
     def infer(self, *args: Type) -> Type:
         shape = broadcast(args[0].shape, args[1].shape)
         expect(isinstance(shape[0], Batch), f"{args[0]} and {args[1]} do not share their batch")
@@ -126,6 +129,7 @@ class MatrixProduct(Layer):
 
     @staticmethod
     def of(graph: Capture, x: str, y: str) -> str:
+        x, y = (_several(graph, line, other) for line, other in ((x, y), (y, x)))
         if graph.is_weight(y):
             return constant_on_the_right(graph, x, y)
         if graph.is_weight(x):
@@ -147,6 +151,12 @@ class MatrixProduct(Layer):
                 for line in (x, y)
             )
         return graph.emit(MatMul(), x, y)
+
+
+def _several(graph: Capture, x: str, other: str) -> str:
+    """A constant of several matrices as a value; anything else as it stands."""
+    rank, dims = len(graph.shape(other)), len(graph.fixed_shape(x))
+    return graph.valued(x, rank) if graph.is_weight(x) and 3 <= dims <= rank else x
 
 
 def constant_on_the_right(graph: Capture, x: str, w: str) -> str:
@@ -241,7 +251,10 @@ class Einsum(Layer):
 
 
 def product(graph: Capture, x: str, y: str) -> str:
-    """x y; as a selection where one of them is the result of a comparison; sign(x) |x| is x."""
+    """x y; as a selection where one of them is the result of a comparison; sign(x) |x| is x.
+
+    Of two factors one may stay whole: the product has the fractional bits of the other, and none to truncate.
+    """
     from tacit.ir.ops.compare import Comparison, Sign, selected
     from tacit.ir.ops.known import Absolute
 
@@ -252,7 +265,9 @@ def product(graph: Capture, x: str, y: str) -> str:
             (signed,), (other,) = graph.operands(bit), graph.operands(value)
             if signed == other:
                 return signed
-    return graph.emit(Times(), x, y)
+    if graph.whole_of(x) != x != y:
+        return graph.emit(Times(), graph.whole_of(x), y)
+    return graph.emit(Times(), x, y if x == y else graph.whole_of(y))
 
 
 def quotient(graph: Capture, x: str, y: str) -> str:

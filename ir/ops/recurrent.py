@@ -43,6 +43,9 @@ class RunningSum(Layer, LocalOp):
     def capture(cls, graph: Capture, **k: Any) -> str:
         return graph.emit(cls(k["dim"]), k["self"])
 
+    def is_whole(self, *operands: bool) -> bool:
+        return all(operands)
+
     def infer(self, x: Type) -> Type:
         expect(x.kind in ("real", "secret"), f"expected a real or secret operand, found {x}")
         expect(0 < self.axis < len(x.shape), f"axis {self.axis} is not one of {x}, or is the batch")
@@ -69,7 +72,7 @@ class RunningSum(Layer, LocalOp):
 
 
 class Recurrent(Layer):
-    """torch.nn.LSTM, GRU and RNN in evaluation, from a state of zeros: one step after the other, in both directions."""
+    """torch.nn.LSTM, GRU and RNN in evaluation, from a constant state: one step after the other, in both directions."""
 
     aten = ("aten.lstm.input", "aten.gru.input", "aten.rnn_tanh.input", "aten.rnn_relu.input")
     batch_anywhere = True
@@ -79,8 +82,10 @@ class Recurrent(Layer):
     def capture(cls, graph: Capture, **k: Any) -> list[str]:
         kind = graph.target.split(".")[1]
         states = k["hx"] if isinstance(k["hx"], list) else [k["hx"]]
-        if any(not graph.is_weight(state) or bool(graph.value(state).any()) for state in states):
-            graph.unsupported("a recurrent layer that starts from anything but zeros")
+        if not all(map(graph.is_weight, states)):
+            graph.unsupported(
+                "a recurrent layer that starts from what depends on the input; a constant state may be given"
+            )
         directions, biased = 1 + k["bidirectional"], k["has_biases"]
         each = 4 if biased else 2
         if len(k["params"]) != each * directions * k["num_layers"]:
@@ -92,7 +97,8 @@ class Recurrent(Layer):
             for direction in range(directions):
                 place = each * (layer * directions + direction)
                 order = range(steps) if direction == 0 else range(steps - 1, -1, -1)
-                run = _Run(graph, kind, [*k["params"][place : place + each]])
+                start = [cls._started(graph, state, layer * directions + direction) for state in states]
+                run = _Run(graph, kind, [*k["params"][place : place + each]], start)
                 found = run.unrolled(x, order)
                 outputs.append(graph.emit(Concat(1), *found) if steps > 1 else found[0])
                 finals[0].append(run.h)
@@ -101,16 +107,22 @@ class Recurrent(Layer):
         last = [graph.emit(Concat(1), *lines) if len(lines) > 1 else lines[0] for lines in finals if lines[0]]
         return [x, *last]
 
+    @staticmethod
+    def _started(graph: Capture, state: str, place: int) -> str:
+        """The state of one layer in one direction, out of those of all; "" for zeros, of which nothing is computed."""
+        value = graph.value(state)[place]
+        return graph.valued(graph.constant("start", value.reshape(1, 1, -1))) if bool(value.any()) else ""
+
 
 class _Run:
     """One layer in one direction; h and c are N x 1 x features."""
 
-    def __init__(self, graph: Capture, kind: str, params: list[str]) -> None:
+    def __init__(self, graph: Capture, kind: str, params: list[str], start: list[str]) -> None:
         self.graph, self.kind = graph, kind
         self.inputs, self.states = params[0], params[1]
         self.biases = params[2:]
         self.size = graph.fixed_shape(params[1])[1]
-        self.h = self.c = ""
+        self.h, self.c = start[0], start[1] if len(start) > 1 else ""
 
     def unrolled(self, x: str, order: range) -> list[str]:
         """The outputs in the order of the sequence."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from tacit.ir.cost import CLIENT, COMMON, OWNER, P0, P1, P2, PRF, ROLES, Cost, R
 from tacit.ir.op import Level, Material, Op, Program, Round, Sample, Spec, Subprotocol, expect, expect_kind
 from tacit.ir.ranges import Interval
 from tacit.ir.seen import Seen, Sights, to_both
-from tacit.ir.types import DTYPES, RING_BITS, Batch, Shape, Type, bits_for
+from tacit.ir.types import DTYPES, RING_BITS, Batch, Dim, Shape, Type, bits_for
 
 if TYPE_CHECKING:
     from tacit.runtime.party import Party
@@ -55,7 +56,9 @@ class Sharing(Subprotocol):
 class Input(Op):
     """What the client brings: real numbers in [low, high], encoded with `frac` fractional bits and shared.
 
-    `integers` says that they are whole numbers, such as the targets of a count: the scale is then 0. `by_name`: the
+    `integers` says that they are whole numbers, such as indices or the targets of a count: the scale is then 0. Where
+    their range is not the same everywhere, as for columns that are looked up in different tables, `along` names the
+    axes along which it varies, and `lows` and `highs` list its ends, the last of these axes fastest. `by_name`: the
     model takes it as a keyword argument alone, or behind one that was left out.
     """
 
@@ -71,11 +74,39 @@ class Input(Op):
     owner: str = "client"
     integers: bool = False
     by_name: bool = False
+    along: tuple[int, ...] = ()
+    lows: tuple[int, ...] = ()
+    highs: tuple[int, ...] = ()
+
+    def bounded(self, low: Tensor, high: Tensor) -> Input:
+        """With these ends for the elements of one input, as int64 tensors of its shape without the batch."""
+        along = []
+        for axis in range(low.dim()):
+            first = low.narrow(axis, 0, 1), high.narrow(axis, 0, 1)
+            if bool((low == first[0]).all() and (high == first[1]).all()):
+                low, high = first
+            else:
+                along.append(axis + 1)
+        ends = float(low.min()), float(high.max())
+        if not along:
+            return replace(self, low=ends[0], high=ends[1])
+        lows, highs = (tuple(v.flatten().tolist()) for v in (low, high))
+        return replace(self, low=ends[0], high=ends[1], along=tuple(along), lows=lows, highs=highs)
+
+    def ends(self, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The least and the greatest value of each element, float64 of that shape, which is without the batch."""
+        if not self.along:
+            low, high = (torch.tensor(v, dtype=torch.float64).expand(torch.Size(shape)) for v in (self.low, self.high))
+            return low, high
+        varying = [size if axis in self.along else 1 for axis, size in enumerate(shape, 1)]
+        low, high = (torch.tensor(v, dtype=torch.float64).reshape(varying) for v in (self.lows, self.highs))
+        return low.expand(torch.Size(shape)), high.expand(torch.Size(shape))
 
     def infer(self, declared: Type) -> Type:
         expect(self.owner == ROLES[CLIENT], f"an input is the client's, not {self.owner}'s")
         bounds = math.isfinite(self.low) and math.isfinite(self.high) and self.low <= self.high
         expect(bounds, f"[{self.low}, {self.high}] is not a range")
+        self._expect_ends(declared.shape)
         if declared.kind == "real":
             return declared
         expect_kind("secret", declared)
@@ -85,8 +116,24 @@ class Input(Op):
         expect(declared.width >= need, f"values in [{self.low}, {self.high}] need {need} bits, found {declared}")
         return declared
 
+    def _expect_ends(self, shape: Sequence[Dim]) -> None:
+        """Ends that vary are listed for the places that there are, and lie within those of the whole."""
+        rising = all(a < b for a, b in zip((0, *self.along), self.along, strict=False))
+        expect(rising and max(self.along, default=0) < len(shape), f"{self.along} are not axes of input {self.label}")
+        sizes = [size for axis, size in enumerate(shape) if axis in self.along and isinstance(size, int)]
+        count = math.prod(sizes) if self.along else 0
+        expect(
+            len(self.lows) == len(self.highs) == count, f"input {self.label} has {count} places with ends of their own"
+        )
+        expect(self.integers or not self.along, f"the range of input {self.label}, which is no integers, does not vary")
+        expect(
+            all(self.low <= a <= b <= self.high for a, b in zip(self.lows, self.highs, strict=True)),
+            f"an end of input {self.label} lies outside of [{self.low}, {self.high}]",
+        )
+
     def discloses(self) -> str:
-        return f"The range of input {self.label}: {self.low:g} to {self.high:g}."
+        varying = ", for some places less" if self.along else ""
+        return f"The range of input {self.label}: {self.low:g} to {self.high:g}{varying}."
 
     def parts(self, declared: Type) -> tuple[Subprotocol, ...]:
         return (Sharing(CLIENT, declared.dims, declared.ring),)
@@ -94,14 +141,26 @@ class Input(Op):
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
         x = Type("secret", (Batch(), 7), 12, 16)
-        return Sample(cls("x", -4.0, 4.0), (x,)), Sample(cls("mask", -4.0, 4.0, by_name=True), (x,))
+        columns = cls("x", -1.0, 6.0, integers=True, along=(2,), lows=(-1, 0, 0), highs=(6, 5, 0))
+        return (
+            *(
+                Sample(cls(label, -4.0, 4.0, by_name=by_name), (x,))
+                for label, by_name in (("x", False), ("mask", True))
+            ),
+            Sample(columns, (Type("secret", (Batch(), 2, 3), 0, 4),)),
+        )
 
     @classmethod
     def misfits(cls) -> tuple[Sample, ...]:
         x = Type("secret", (Batch(), 7), 12, 16)
         owners = (*(role for role in ROLES if role != ROLES[CLIENT]), "nobody")
         ranges = ((math.nan, 4.0), (-4.0, math.nan), (-math.inf, 4.0), (4.0, -4.0), (-9.0, 9.0))
+        three, whole = ((0, 0, 0), (3, 2, 1)), Type("secret", (Batch(), 3), 0, 4)
+        ends: list[Any] = [((0,), *three), ((2,), *three), ((1, 1), *three), ((), *three)]
+        ends += [((1,), (0, 0), (3, 2)), ((1,), (0, 0, 0), (3, 2, 5)), ((1,), (0, 3, 0), (3, 2, 1))]
         return (
+            *(Sample(cls("x", 0.0, 3.0, integers=True, along=a, lows=b, highs=c), (whole,)) for a, b, c in ends),
+            Sample(cls("x", 0.0, 3.0, along=(1,), lows=(0, 0, 0), highs=(3, 2, 1)), (whole,)),
             *(Sample(cls("x", -4.0, 4.0, owner), (x,)) for owner in owners),
             *(Sample(cls("x", low, high), (x,)) for low, high in ranges),
             Sample(cls("x", -4.0, 4.0, integers=True), (x,)),

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from tacit.ir.ops.arithmetic import AddScalar
 from tacit.ir.ops.layer import Layer
-from tacit.ir.ops.moves import Concat, Expand, Pad, Permute, Take, permuted, reshaped, taken
+from tacit.ir.ops.moves import Expand, Pad, Permute, Take, permuted, reshaped, taken
 
 if TYPE_CHECKING:
     from tacit.capture import Capture
@@ -86,25 +83,6 @@ class Split(Layer):
         return ends
 
 
-class Stack(Layer):
-    """Values side by side along a new axis."""
-
-    aten = ("aten.stack.default",)
-
-    @classmethod
-    def capture(cls, graph: Capture, **k: Any) -> str:
-        rank = max(len(graph.shape(x)) for x in k["tensors"])
-        axis = k["dim"] % (rank + 1)
-        if axis == 0:
-            graph.unsupported("stacking in front of the batch; use another dimension")
-        wide = []
-        for x in k["tensors"]:
-            shape = graph.fixed_shape(x)
-            added = (*shape[1:axis], 1, *shape[axis:])
-            wide.append(graph.reshaped_weight(x, (1, *added)) if graph.is_weight(x) else reshaped(graph, x, added))
-        return graph.emit(Concat(axis), *wide)
-
-
 class Reordered(Layer):
     """roll, flip, index_select, repeat_interleave with constants: elements by index."""
 
@@ -136,71 +114,6 @@ class Reordered(Layer):
                 indices = list(range(size))[::-1]
             x = taken(graph, x, axis, indices)
         return x
-
-
-class Scatter(Layer):
-    """x with a slice or an element replaced: what writing to a view of x becomes."""
-
-    aten = ("aten.slice_scatter.default", "aten.select_scatter.default")
-    axes = ("dim",)
-    batch_anywhere = True
-
-    @classmethod
-    def capture(cls, graph: Capture, **k: Any) -> str:
-        x, source, axis = k["self"], k["src"], k["dim"]
-        size = graph.fixed_shape(x)[axis]
-        if "index" in k:
-            places = [k["index"] % size]
-            shape = graph.fixed_shape(source)
-            added = (*shape[1:axis], 1, *shape[axis:])
-            wide = graph.is_weight(source)
-            source = graph.reshaped_weight(source, (1, *added)) if wide else reshaped(graph, source, added)
-        else:
-            places = list(range(*slice(k["start"], k["end"], k["step"]).indices(size)))
-        indices = list(range(size))
-        for i, place in enumerate(places):
-            indices[place] = size + i
-        return taken(graph, graph.emit(Concat(axis), x, source), axis, indices)
-
-
-class Copy(Layer):
-    """The second operand in the shape of the first, whose values are not read."""
-
-    aten = ("aten.copy.default",)
-    batch_anywhere = True
-
-    @classmethod
-    def capture(cls, graph: Capture, **k: Any) -> str:
-        if graph.shape(k["src"]) != graph.shape(k["self"]):
-            graph.unsupported("a value written to a larger one; expand it first")
-        source: str = k["src"]
-        return source
-
-
-class Index(Layer):
-    """x[..., indices, ...] with constant indices along one axis, or several that broadcast against each other."""
-
-    aten = ("aten.index.Tensor",)
-
-    @classmethod
-    def capture(cls, graph: Capture, **k: Any) -> str:
-        x, listed = k["self"], k["indices"]
-        used = [i for i, index in enumerate(listed) if index is not None]
-        if any(not graph.is_weight(listed[i]) for i in used):
-            graph.unsupported("an index that depends on the input")
-        if 0 in used or used != list(range(used[0], used[-1] + 1)):
-            graph.unsupported("constant indices of the batch, or of axes that do not follow each other")
-        values = [graph.value(listed[i]) for i in used]
-        if any(value.dtype == torch.bool for value in values):
-            graph.unsupported("a mask as an index; write the indices of its true elements")
-        shape = graph.fixed_shape(x)
-        sizes = [shape[i] for i in used]
-        flat = torch.zeros((), dtype=torch.int64)
-        for value, size in zip(values, sizes, strict=True):
-            flat = flat * size + torch.tensor(graph.static_indices_of(value, size)).reshape(value.shape)
-        joined = reshaped(graph, x, [*shape[1 : used[0]], math.prod(sizes), *shape[used[-1] + 1 :]])
-        out = taken(graph, joined, used[0], flat.flatten().tolist())
-        return reshaped(graph, out, [*shape[1 : used[0]], *flat.shape, *shape[used[-1] + 1 :]])
 
 
 class Repeat(Layer):

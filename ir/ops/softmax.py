@@ -16,12 +16,12 @@ import torch.nn.functional as F
 
 from tacit.ir.op import Sample, expect
 from tacit.ir.ops import local
-from tacit.ir.ops.arithmetic import MulScalar
+from tacit.ir.ops.arithmetic import Add, AddScalar, MulScalar
 from tacit.ir.ops.bilinear import MatMul, Times
 from tacit.ir.ops.compare import MASKED
 from tacit.ir.ops.known import WithinHull
 from tacit.ir.ops.layer import Layer, real
-from tacit.ir.ops.model import ModelOp
+from tacit.ir.ops.model import AsReal, ModelOp
 from tacit.ir.ops.moves import Permute, Reshape, reshaped
 from tacit.ir.ops.nonlinear import FixedMaxPool2d
 from tacit.ir.types import Batch, Type, dim_at
@@ -150,7 +150,7 @@ class LogSumExpAlong(Layer):
 
 @dataclass(frozen=True)
 class Attention(ModelOp):
-    """softmax(scale q k^T + mask) v, for q (N, ..., L, E), k (N, ..., S, E), v (N, ..., S, F), a constant mask."""
+    """softmax(scale q k^T + mask) v, for q (N, ..., L, E), k (N, ..., S, E), v (N, ..., S, F), a mask or none."""
 
     name = "model.attention"
 
@@ -171,7 +171,7 @@ class Attention(ModelOp):
         turned = b.emit(Permute((*range(rank - 2), rank - 1, rank - 2)), b.as_factor(k))
         scores = b.emit(MatMul(), b.as_factor(MulScalar(self.scale).expand(b, q)), turned)
         if mask:
-            scores = b.plus_weight(scores, mask[0], tuple(b.real(mask[0]).shape))
+            scores = Add().expand(b, scores, mask[0])
         _, e, total = exponentials(b, scores, rank - 1)
         v = b.as_factor(v)
         sums = b.at_precision(b.emit(MatMul(), e, v), max(b.frac, b.types[v].frac))
@@ -181,13 +181,15 @@ class Attention(ModelOp):
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
         q, k, v = real(_N, 2, 5, 4), real(_N, 2, 3, 4), real(_N, 2, 3, 6)
-        return Sample(cls(0.5), (q, k, v)), Sample(cls(0.3), (q, k, v, real(5, 3)))
+        masks = real(5, 3), real(_N, 1, 1, 3)
+        return Sample(cls(0.5), (q, k, v)), *(Sample(cls(0.3), (q, k, v, mask)) for mask in masks)
 
 
 class ScaledDotProductAttention(Layer):
-    """torch.nn.functional.scaled_dot_product_attention in evaluation, with a constant mask or a causal one."""
+    """torch.nn.functional.scaled_dot_product_attention in evaluation, with a mask or a causal one."""
 
     aten = ("aten.scaled_dot_product_attention.default",)
+    choosers = ("attn_mask",)
 
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str:
@@ -196,22 +198,27 @@ class ScaledDotProductAttention(Layer):
         if k.get("enable_gqa"):
             graph.unsupported("attention with grouped queries; repeat keys and values for each group")
         q, key, v = k["query"], k["key"], k["value"]
-        if any(graph.is_weight(x) for x in (q, key, v)):
-            graph.unsupported("attention one of whose operands is constant")
+        rank = max(len(graph.shape(x)) for x in (q, key, v))
+        q, key, v = (graph.valued(x, rank) if graph.is_weight(x) else x for x in (q, key, v))
         scale = graph.scalar(k["scale"]) if k["scale"] else graph.fixed_shape(q)[-1] ** -0.5
         mask = k["attn_mask"]
         if k["is_causal"]:
             rows, columns = graph.fixed_shape(q)[-2], graph.fixed_shape(key)[-2]
             mask = graph.constant("causal_mask", torch.full((rows, columns), MASKED).triu(1))
         elif mask is not None:
-            mask = constant_mask(graph, mask)
+            mask = constant_mask(graph, mask) if graph.is_weight(mask) else cls._secret(graph, mask)
         return graph.emit(Attention(scale), q, key, v, *([] if mask is None else [mask]))
+
+    @staticmethod
+    def _secret(graph: Capture, mask: str) -> str:
+        """A mask that depends on the input, as a summand."""
+        if not graph.is_truth(mask):
+            return mask
+        return graph.emit(AddScalar(MASKED), graph.emit(MulScalar(-MASKED), graph.emit(AsReal(), mask)))
 
 
 def constant_mask(graph: Capture, mask: str) -> str:
     """A mask of truth values, or of what is added to the scores, as a finite summand."""
-    if not graph.is_weight(mask):
-        graph.unsupported("an attention mask that depends on the input; lengths of sequences are public")
     value = graph.value(mask)
     added = torch.where(value, 0.0, MASKED) if value.dtype == torch.bool else value.clamp(min=MASKED)
     return graph.constant("attention_mask", added)
