@@ -15,6 +15,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from tacit.ir.errors import InputError, PlanError, WeightsError
+from tacit.ir.given import path_of, shown
 from tacit.ir.ops.outputs import Pack
 from tacit.ir.ops.roles import Input, Weight
 from tacit.ir.plan import Node, Plan
@@ -77,6 +78,8 @@ class Secure:
 
         With `check`, raises RangeError at the first line of which a value leaves the range that the plan states.
         """
+        if not isinstance(check, (bool, int)):
+            raise InputError(f"check has to be True or False, not {shown(check)}")
         run = interpret_checked if check else interpret
 
         with waiting("the clear oracle"):
@@ -112,8 +115,12 @@ class Secure:
         An item is a batch as the model takes it, or a tuple of its arguments. One item is read ahead of the answers.
         Raises InputError at the first item that does not fit, before anything of it is shared.
         """
+        try:
+            items = iter(batches)
+        except TypeError:
+            raise InputError(f"stream takes several batches, as in a list, not {shown(batches)}") from None
         count = len(batches) if isinstance(batches, Sized) else None
-        encoded = (self._encoded(item if isinstance(item, tuple) else (item,)) for item in batches)
+        encoded = (self._encoded(item if isinstance(item, tuple) else (item,)) for item in items)
         for answer, run in track(self.session().stream(encoded), "encrypted inference", total=count):
             self.last_run = run
             yield self._decoded(answer)
@@ -124,10 +131,11 @@ class Secure:
         `secure.trace(x, "trace.json")`. One track for each party, slices for rounds, ops, sends and waits, arrows for
         messages with their bytes; one online and one offline phase. Nothing secret is in it.
         """
-        *arguments, file = inputs
+        file = inputs[-1] if inputs else None
         if not isinstance(file, (str, os.PathLike)):
             raise InputError("the last argument of trace is the name of the file to write")
-        encoded = self._encoded(tuple(arguments))
+        file = path_of(file, "the last argument of trace")
+        encoded = self._encoded(inputs[:-1])
         session = self.session()
         with waiting("encrypted inference, traced"):
             answer, self.last_run = traced(session, encoded, file)
@@ -136,6 +144,8 @@ class Secure:
     def session(self, link: LinkModel | None = None) -> Session:
         """The session of this model in this process, opened at first use; `link` emulates a network, and opens a new
         one. Calls of all threads run in it side by side; a forked process opens its own."""
+        if link is not None and not isinstance(link, LinkModel):
+            raise InputError(f"link has to be a LinkModel of tacit.runtime.channel, not {shown(link)}")
         with self._opening:
             if self._session is None or link is not None or self._session.pid != os.getpid():
                 with waiting("sharing the weights; the first use compiles the kernels"):
@@ -158,7 +168,7 @@ class Secure:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write plan.txt, which is public, and weights.safetensors, the owner's alone (mode 0600)."""
-        target = Path(folder)
+        target = path_of(folder, "what a model is saved to")
         target.mkdir(parents=True, exist_ok=True)
         (target / PLAN_FILE).write_text(str(self.plan))
         with waiting("writing the weights"):
@@ -177,8 +187,9 @@ def read_plan(path: Path) -> Plan:
 
 def load(folder: str | os.PathLike[str]) -> Secure:
     """What `Secure.save` wrote; raises PlanError or WeightsError where a file was changed or does not belong."""
+    source = path_of(folder, "what a model is loaded from")
     with waiting("reading the weights"):
-        return _loaded(Path(folder))
+        return _loaded(source)
 
 
 def _loaded(source: Path) -> Secure:
