@@ -19,10 +19,10 @@ from torch.export import ExportedProgram
 from tacit.export import module_path, source_line
 from tacit.ir.errors import CompilerBug, TacitError
 from tacit.ir.plan import Plan
+from tacit.tracing import FRACTIONS
 
 _PACKAGES = ("tacit", "torch", "numpy", "numba", "networkx", "cryptography", "safetensors")
 _LONGEST = 300
-_FRACTIONS = re.compile(r"[-+]?\d*\.\d[\d.]*(?:e[-+]?\d+)?|\b\d+e[-+]?\d+")
 # Text of an exception may hold values; numbers that could be weights, and whatever stands in brackets, are left out.
 _VALUES = re.compile(
     r"tensor\([^)]*\)|\[.*\]|[-+]?\d*\.\d[\d.]*(?:[eE][-+]?\d+)?|[-+]?\d{4,}|\d+[eE][-+]?\d+", re.DOTALL
@@ -67,15 +67,25 @@ def reported(options: Mapping[str, Any]) -> Iterator[Kept]:
     except (TacitError, MemoryError):
         raise
     except Exception as error:
-        folder = _write(error, kept, options)
+        where = _written(error, kept, options)
         last = traceback.extract_tb(error.__traceback__)[-1]
         after = f" after {kept.stages[-1][1]}" if kept.stages else " before the first pass"
         raise CompilerBug(
             f"the compiler itself failed{after}: {type(error).__name__} in {Path(last.filename).name}:{last.lineno}."
-            f" That is a mistake in Tacit, not in the model. {folder} holds the environment, the exported graph, the"
-            " plan after every pass and the traceback, without weights or inputs: please attach it to a report. The"
-            " graphs show the architecture, so look at them first."
+            f" That is a mistake in Tacit, not in the model. {where}"
         ) from error
+
+
+def _written(error: Exception, kept: Kept, options: Mapping[str, Any]) -> str:
+    """Where to find what a report needs, or why it could not be written."""
+    try:
+        folder = _write(error, kept, options)
+    except OSError as failure:
+        return f"What a report needs could not be written to {tempfile.gettempdir()}: {failure.strerror}."
+    return (
+        f"{folder} holds the environment, the exported graph, the plan after every pass and the traceback, without "
+        "weights or inputs: please attach it to a report. The graphs show the architecture, so look at them first."
+    )
 
 
 def _write(error: Exception, kept: Kept, options: Mapping[str, Any]) -> Path:
@@ -117,7 +127,7 @@ def _node_text(node: torch.fx.Node, labels: Mapping[str, str]) -> str:
         for x in results
         if x is not None
     ]
-    called = _FRACTIONS.sub("#", f"{node.target}{node.args}{node.kwargs or ''}")
+    called = FRACTIONS.sub("#", f"{node.target}{node.args}{node.kwargs or ''}")
     about = (labels.get(node.name, ""), module_path(node) and f"@{module_path(node)}", source_line(node))
     head = f"%{node.name}" + (f" : {', '.join(types)}" if types else "")
     return "  ".join(filter(None, (f"{head} = {node.op} {called}", *about)))

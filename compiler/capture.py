@@ -8,22 +8,26 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils import _pytree as pytree
 
 from tacit.constants import NotConstant
-from tacit.export import exported_as, module_path, simplified, source_line
-from tacit.graph import FLOATS, Graph
+from tacit.export import exported_as, module_path, source_line
+from tacit.fit import FLOATS
+from tacit.graph import Graph
 from tacit.ir.errors import CompileError
 from tacit.ir.op import Level
-from tacit.ir.ops.layer import Layer, layers
+from tacit.ir.ops.layer import WHOLE, Layer, layers
 from tacit.ir.ops.model import Argmax, CountCorrect
 from tacit.ir.ops.outputs import Pack
 from tacit.ir.ops.roles import Input, Weight
 from tacit.ir.plan import Plan
 from tacit.ir.types import Batch, Type
 from tacit.layout import Laid, Layout
+from tacit.options import Range
+from tacit.rewrite import opaque, simplified
 
 Tensor = torch.Tensor
-Range = tuple[float, float]
 _NUMBERS = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
 INTEGERS = (torch.int64, torch.int32)
 _VIEWS = {
@@ -73,7 +77,7 @@ class Capture(Graph):
                     self._call(node)
             elif node.op == "output":
                 result = self._output(node, reveal)
-            else:
+            elif node.op != "get_attr":  # the graph of a call, which says more of itself
                 self.unsupported(f"the graph holds a '{node.op}' node")
         if self._ranges:
             raise CompileError(f"there are {len(self._ranges)} examples more than the model has inputs")
@@ -85,11 +89,14 @@ class Capture(Graph):
     def _require_no_writes(self) -> None:
         """A model is a function of its input: it keeps nothing and changes nothing that it was given."""
         signature = self.program.graph_signature
-        written = signature.buffers_to_mutate | signature.user_inputs_to_mutate
-        for name, label in written.items():
+        kept = signature.buffers_to_mutate | signature.parameters_to_mutate
+        for name, label in (kept | signature.user_inputs_to_mutate).items():
             self.node = next(node for node in self.program.graph.nodes if node.name == name)
+            keeps = (
+                ", and a plan keeps nothing for the next call: write under `if self.training:`" if name in kept else ""
+            )
             self.unsupported(
-                f"the model writes to '{label}' while it runs; compute on a copy, as in x = x + 1 or x.clone()"
+                f"the model writes to '{label}' while it runs{keeps}; compute on a copy, as in x = x + 1 or x.clone()"
             )
 
     def _placeholder(self, node: torch.fx.Node) -> None:
@@ -143,6 +150,13 @@ class Capture(Graph):
         value = node.meta.get("val")
         if not node.users:
             return
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            self.unsupported(opaque(node))
+        if any(isinstance(x, Tensor) and free_unbacked_symbols(x) for x in pytree.tree_leaves(value)):
+            self.unsupported(
+                "the shape of its result depends on values, which nobody may see: keep all elements and choose among "
+                "them, as in torch.where(mask, x, 0)"
+            )
         if value is None or isinstance(value, _NUMBERS):
             self._number(node)
             return
@@ -162,10 +176,12 @@ class Capture(Graph):
         if self.target in _VIEWS or self.target in _PERMUTATIONS:
             self._values[node] = self._fits(self._moved(node), value)
             return
+        if not isinstance(node.target, torch._ops.OpOverload):
+            self.unsupported(opaque(node))
         layer = self._layers.get(self.target)
         if layer is None:
             self.unsupported(_unknown(self.target, exported_as(node), self._layers))
-        found = self._captured(layer, self._arguments(node), value)
+        found = self._captured(layer, self._arguments(node, layer.numbers), value)
         self._values[node] = found if isinstance(found, list) else self._fits(found, value)
         if isinstance(value, torch.Tensor) and value.dtype == torch.bool and isinstance(found, Laid):
             self.truths.add(found.line)
@@ -212,6 +228,8 @@ class Capture(Graph):
 
     def _captured(self, layer: type[Layer], k: dict[str, Any], value: Any) -> Laid | list[Laid]:
         """The layer written out on lines; its results laid out as its operands are."""
+        # What has a shape of its own is not aligned with the others: weights, and the states of recurrent layers.
+        k = {key: _mapped(v, lambda x: x.line) if key in layer.own_shapes else v for key, v in k.items()}
         laid = [x for x in _flat(k.values()) if isinstance(x, Laid)]
         first = laid[0]
         if all(x.trivial for x in laid) or not layer.batch_anywhere:
@@ -224,7 +242,7 @@ class Capture(Graph):
             if any((x.place, x.left, x.right) != (first.place, first.left, first.right) for x in laid):
                 self.unsupported("its operands hold the batch in different dimensions")
             names = _mapped(k, lambda x: self._of_rank(x, rank).line)
-            own = layer.own_weights
+            own = layer.own_shapes
             names = {key: v if key in own else self._laid_weights(v, first, rank) for key, v in names.items()}
         for key in layer.axes:
             names[key] = self._axes(names.get(key), first) if key in names else None
@@ -277,12 +295,17 @@ class Capture(Graph):
         """The result, whose shape has to be the one that PyTorch has."""
         if not self.is_weight(found.line):
             shape = tuple(self.dim(d) for d in value.shape)
+            if not any(isinstance(d, Batch) for d in shape):
+                self.unsupported(WHOLE)
             if self._layout.shape(found) != shape:
                 self.unsupported(f"its shape came out as {self._layout.shape(found)}, torch has {tuple(value.shape)}")
         return found
 
-    def _arguments(self, node: torch.fx.Node) -> dict[str, Any]:
-        """Arguments by the names of the ATen schema, defaults filled in; values as `Laid`, constants as lines."""
+    def _arguments(self, node: torch.fx.Node, numbers: Sequence[str] = ()) -> dict[str, Any]:
+        """Arguments by the names of the ATen schema, defaults filled in; values as `Laid`, constants as lines.
+
+        A number in the place of a tensor becomes a constant, unless it is one of `numbers`.
+        """
         schema = getattr(node.target, "_schema", None)
         if schema is None:
             self.unsupported(f"'{node.target}' is no operator of PyTorch's, but a call with a graph of its own")
@@ -294,7 +317,10 @@ class Capture(Graph):
                 value = node.kwargs[argument.name]
             else:
                 value = argument.default_value if argument.has_default_value() else None
-            out[argument.name] = self._resolve(value)
+            value = self._resolve(value)
+            if type(value) in (int, float, bool) and argument.name not in numbers and _is_tensor(argument.type):
+                value = self.constant(argument.name, torch.tensor(self.scalar(value)))
+            out[argument.name] = value
         return out
 
     def _resolve(self, value: Any) -> Any:
@@ -366,6 +392,11 @@ def _unknown(target: str, exported: str, known: dict[str, type[Layer]]) -> str:
         f"'{exported}' is not supported{inside}.\nSupported: {names}.\nTo add it, write one subclass of "
         "tacit.ir.ops.model.ModelOp with `aten`, `capture`, `reference` and `expand`, and import it first"
     )
+
+
+def _is_tensor(kind: Any) -> bool:
+    """Whether the schema asks for a tensor, or for one or nothing."""
+    return str(kind) in ("Tensor", "Optional[Tensor]")
 
 
 def _order(node: torch.fx.Node, rank: int) -> list[int]:

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import math
-import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.export import ExportedProgram
 
 from tacit.bug import reported
-from tacit.capture import INTEGERS, Capture, Range
+from tacit.capture import INTEGERS, Capture
+from tacit.explain import STATE_SECOND, sequence_first
 from tacit.export import export
+from tacit.faithful import require_faithful
+from tacit.fit import FLOATS
 from tacit.ir.errors import CompileError
 from tacit.ir.ops.model import CountCorrect
 from tacit.ir.ops.roles import Input
 from tacit.ir.plan import Plan
+from tacit.options import Range, read_frac_bits, read_max_error, read_name, read_protocol, read_ranges, read_reveal
 from tacit.passes import Draft, run_pipeline
-from tacit.passes.lower import SUITES
-from tacit.passes.quantise import MOST_FRAC_BITS
 from tacit.progress import log, waiting
 from tacit.runtime.reference import interpret
 from tacit.secure import Secure, check_input
@@ -28,10 +29,7 @@ from tacit.structure import in_order, leaves
 
 Tensor = torch.Tensor
 Model = torch.nn.Module | ExportedProgram
-REVEALS = ("logits", "argmax", "correct")
 _PROBES = 16
-# Without a declared range, inputs may reach this far at least.
-_LEAST_REACH, _MOST_REACH = 4.0, 2.0**40
 
 
 def compile(
@@ -106,33 +104,28 @@ def prepare(
 
     `exported` is shown the graph before it is captured.
     """
-    if reveal not in REVEALS:
-        raise CompileError(f"reveal has to be one of {', '.join(REVEALS)}, not {reveal!r}")
-    if protocol not in SUITES:
-        raise CompileError(f"protocol has to be one of {', '.join(SUITES)}, not {protocol!r}")
-    if frac_bits is not None and (type(frac_bits) is not int or not 1 <= frac_bits <= MOST_FRAC_BITS):
-        raise CompileError(f"frac_bits has to be an integer from 1 to {MOST_FRAC_BITS}, not {frac_bits!r}")
-    if max_error is not None and not (isinstance(max_error, (int, float)) and 2.0**-20 <= max_error <= 2.0**-3):
-        raise CompileError(f"max_error has to be a number from 2^-20 to 2^-3, not {max_error!r}")
-    if name is not None and not re.fullmatch(r"[\w.]+", name):
-        raise CompileError(f"the name of a plan consists of letters, digits, '_' and '.', not {name!r}")
+    reveal, protocol, name = read_reveal(reveal), read_protocol(protocol), read_name(name)
+    frac_bits, max_error = read_frac_bits(frac_bits), read_max_error(max_error)
     arguments = _arguments(example_inputs)
     examples = _as_tuple(arguments, "example_inputs")
-    ranges = _ranges(input_range, examples)
+    measured = None if calibration is None else _as_tuple(calibration, "calibration")
+    ranges = read_ranges(input_range, examples)
     program = export(model, arguments)
     exported(program)
     capture = Capture(program, ranges)
+    capture.hints = _hints(model)
     plan = capture.run(name or _name_of(model), reveal)
     _require_fit(plan, examples, "example_inputs")
-    if calibration is not None:
-        calibration = _as_tuple(calibration, "calibration")
-        _require_fit(plan, calibration, "calibration")
+    if isinstance(model, torch.nn.Module):
+        require_faithful(model, program, arguments)
+    if measured is not None:
+        _require_fit(plan, measured, "calibration")
     return Draft(
         plan.with_nodes(plan.nodes, protocol=protocol),
         capture.weights,
-        _probes(plan, examples, calibration),
+        _probes(plan, examples, measured),
         interpret,
-        _calibration(plan, calibration),
+        _calibration(plan, measured),
         frac_bits,
         max_error,
     )
@@ -146,51 +139,53 @@ def _arguments(examples: Any) -> tuple[Any, ...]:
 
 def _as_tuple(value: Any, what: str) -> tuple[Tensor, ...]:
     items = leaves(value)
+    if items and all(isinstance(x, (bool, int, float)) for x in items):
+        raise CompileError(f"{what} holds numbers: make a tensor of them by torch.tensor(x), the batch first")
     for x in items:
-        fit = isinstance(x, torch.Tensor) and len(x.shape) >= 2 and len(x) > 0
-        if not fit or not (x.is_floating_point() or x.dtype in INTEGERS):
+        reason = _misfit(x)
+        if reason:
             raise CompileError(
-                f"{what} has to be a float tensor (or indices of an embedding), or a tuple of them, with the batch as "
-                "first dimension"
+                f"{what} {reason}; it has to be a float tensor (or indices of an embedding), or a tuple of them, with "
+                "the batch as first dimension"
             )
-        if not bool(torch.isfinite(x).all()):
-            raise CompileError(f"{what} holds NaN or infinity")
-    if not items or len({len(x) for x in items}) != 1:
-        raise CompileError(f"{what} is empty, or its tensors differ in batch size")
+    if not items:
+        raise CompileError(f"{what} is empty: give one tensor for each argument of the model")
+    if len({len(x) for x in items}) != 1:
+        raise CompileError(
+            f"the tensors of {what} differ in batch size. The batch is the first dimension of each, also of the start "
+            f"state of a recurrent layer: {STATE_SECOND}"
+        )
     return tuple(x.detach() for x in items)
 
 
-def _ranges(given: Range | Sequence[Range] | None, examples: Sequence[Tensor]) -> list[Range]:
-    if given is None:
-        reach = [max(_LEAST_REACH, 2 * float(x.abs().max())) for x in examples]  # of indices, the embedding tells it
-        powers = [2.0 ** math.ceil(math.log2(r)) for r in reach]
-        return [(-p, p) for p in powers]
-    try:
-        listed: list[Any] = list(given)
-        pairs = [listed] * len(examples) if isinstance(listed[0], (int, float)) else listed
-        out = [(float(low), float(high)) for low, high in pairs]
-    except (TypeError, ValueError, IndexError):
-        raise CompileError(
-            f"input_range has to be (low, high), or one such pair for each input, not {given!r}"
-        ) from None
-    for low, high in out:
-        if not (math.isfinite(low) and math.isfinite(high) and low < high and max(-low, high) <= _MOST_REACH):
-            raise CompileError(f"input_range has to be finite, below 2^40, with low < high, not ({low}, {high})")
-    if len(out) != len(examples):
-        raise CompileError(f"{len(out)} input ranges for {len(examples)} inputs")
-    for (low, high), x in zip(out, examples, strict=True):
-        if x.is_floating_point() and (float(x.min()) < low or float(x.max()) > high):
-            raise CompileError(f"the example input lies outside input_range ({low}, {high})")
-    return out
+def _misfit(x: Any) -> str:
+    """Why this is no example of an input; "" where it is one."""
+    if isinstance(x, (np.ndarray, np.generic)):
+        return "holds an array of NumPy: convert it by torch.from_numpy(x)"
+    if not isinstance(x, torch.Tensor):
+        return f"holds a {type(x).__name__}: set what is no tensor in a module around the model"
+    if x.is_nested or x.layout != torch.strided or x.is_meta:
+        return f"holds a tensor whose numbers cannot be read as they stand ({x.layout}, {x.device.type})"
+    if len(x.shape) < 2:
+        return f"has shape {tuple(x.shape)}, without a batch: add it, as in x[None], or x[:, None] to single numbers"
+    if x.numel() == 0:
+        return f"has shape {tuple(x.shape)}, and so no element"
+    if x.is_complex():
+        return f"is {x.dtype}: give real and imaginary parts as two tensors"
+    if x.dtype not in (*FLOATS, *INTEGERS):
+        return f"is {x.dtype}: convert it by x.float(), or by x.long() where it holds indices"
+    return "" if bool(torch.isfinite(x).all()) else "holds NaN or infinity"
 
 
 def _require_fit(plan: Plan, values: Sequence[Tensor], what: str) -> None:
     if len(values) != len(_inputs(plan)):
         raise CompileError(f"{what} holds {len(values)} tensors, the model takes {len(_inputs(plan))} inputs")
-    for (name, _), x in zip(_inputs(plan), values, strict=True):
+    for (name, op), x in zip(_inputs(plan), values, strict=True):
         declared = plan.node(name).type
         if tuple(x.shape) != declared.at(len(x)).dims:
             raise CompileError(f"{what} has shape {tuple(x.shape)} where the model takes {declared}")
+        if op.integers and (float(x.min()) < op.low or float(x.max()) > op.high):
+            raise CompileError(f"{what} holds an index outside of [{op.low:g}, {op.high:g}] for input '{op.label}'")
 
 
 def _inputs(plan: Plan) -> list[tuple[str, Input]]:
@@ -226,6 +221,12 @@ def _with_targets(plan: Plan, values: dict[str, Tensor]) -> dict[str, Tensor]:
     batch = len(next(iter(values.values())))
     labels = [node.op.label for node in plan.find(Input) if isinstance(node.op, Input) and node.op.label not in values]
     return {k: x.double() for k, x in values.items()} | {label: torch.zeros(batch).double() for label in labels}
+
+
+def _hints(model: Model) -> dict[str, str]:
+    """What else is to be said of a batch that is out of place, by the paths of modules."""
+    modules = model.named_modules() if isinstance(model, torch.nn.Module) else ()
+    return {path: hint for path, module in modules if (hint := sequence_first(module))}
 
 
 def _name_of(model: torch.nn.Module | ExportedProgram) -> str:

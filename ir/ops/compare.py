@@ -84,6 +84,7 @@ class Compare(Layer):
         f"aten.{name}.{kind}" for name in ("gt", "ge", "lt", "le", "eq", "ne") for kind in ("Tensor", "Scalar")
     )
     batch_anywhere = True
+    numbers = ("other",)
 
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str:
@@ -162,6 +163,7 @@ class Where(Layer):
         "aten.masked_fill_.Tensor",
     )
     batch_anywhere = True
+    numbers = ("self", "other")
 
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -69,18 +70,17 @@ class RunningSum(Layer, LocalOp):
 
 
 class Recurrent(Layer):
-    """torch.nn.LSTM, GRU and RNN in evaluation, from a state of zeros: one step after the other, in both directions."""
+    """torch.nn.LSTM, GRU and RNN in evaluation, from zeros or a secret state: step by step, in both directions."""
 
     aten = ("aten.lstm.input", "aten.gru.input", "aten.rnn_tanh.input", "aten.rnn_relu.input")
     batch_anywhere = True
-    own_weights = ("hx", "params")
+    own_shapes = ("hx", "params")
 
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> list[str]:
         kind = graph.target.split(".")[1]
         states = k["hx"] if isinstance(k["hx"], list) else [k["hx"]]
-        if any(not graph.is_weight(state) or bool(graph.value(state).any()) for state in states):
-            graph.unsupported("a recurrent layer that starts from anything but zeros")
+        starts = [cls._start(graph, state, k["input"]) for state in states]
         directions, biased = 1 + k["bidirectional"], k["has_biases"]
         each = 4 if biased else 2
         if len(k["params"]) != each * directions * k["num_layers"]:
@@ -93,6 +93,7 @@ class Recurrent(Layer):
                 place = each * (layer * directions + direction)
                 order = range(steps) if direction == 0 else range(steps - 1, -1, -1)
                 run = _Run(graph, kind, [*k["params"][place : place + each]])
+                run.start(starts, layer * directions + direction)
                 found = run.unrolled(x, order)
                 outputs.append(graph.emit(Concat(1), *found) if steps > 1 else found[0])
                 finals[0].append(run.h)
@@ -100,6 +101,17 @@ class Recurrent(Layer):
             x = graph.emit(Concat(2), *outputs) if directions > 1 else outputs[0]
         last = [graph.emit(Concat(1), *lines) if len(lines) > 1 else lines[0] for lines in finals if lines[0]]
         return [x, *last]
+
+    @staticmethod
+    def _start(graph: Capture, state: str, x: str) -> str:
+        """The line of a start state, N x (layers x directions) x features; "" for zeros."""
+        if not graph.is_weight(state):
+            if len(graph.shape(state)) != 3 or graph.shape(state)[0] != graph.shape(x)[0]:
+                graph.unsupported("a start state whose batch is not that of the input, in second place")
+            return state
+        if bool(graph.value(state).any()):
+            graph.unsupported("a recurrent layer that starts from constants; make its state an input of the model")
+        return ""
 
 
 class _Run:
@@ -111,6 +123,10 @@ class _Run:
         self.biases = params[2:]
         self.size = graph.fixed_shape(params[1])[1]
         self.h = self.c = ""
+
+    def start(self, states: Sequence[str], index: int) -> None:
+        """Begin from this one of several layers and directions, where the states are not zeros."""
+        self.h, self.c = ([taken(self.graph, state, 1, [index]) if state else "" for state in states] + [""])[:2]
 
     def unrolled(self, x: str, order: range) -> list[str]:
         """The outputs in the order of the sequence."""

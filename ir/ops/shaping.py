@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tacit.ir.ops.arithmetic import AddScalar
-from tacit.ir.ops.layer import Layer
+from tacit.ir.ops.layer import SECRET_INDEX, WHOLE, Layer
 from tacit.ir.ops.moves import Concat, Expand, Pad, Permute, Take, permuted, reshaped, taken
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class Reordered(Layer):
         x: str = k["self"]
         dims = k["dims"] if "dims" in k else [k["dim"]]
         if not dims or dims == [None]:
-            graph.unsupported("it takes in the batch; name the dimensions")
+            graph.unsupported(WHOLE)
         shifts = k["shifts"] if isinstance(k.get("shifts"), (list, tuple)) else [k.get("shifts")] * len(dims)
         for axis, shift in zip(dims, shifts, strict=True):
             size = graph.fixed_shape(x)[axis]
@@ -187,7 +187,7 @@ class Index(Layer):
         x, listed = k["self"], k["indices"]
         used = [i for i, index in enumerate(listed) if index is not None]
         if any(not graph.is_weight(listed[i]) for i in used):
-            graph.unsupported("an index that depends on the input")
+            graph.unsupported(SECRET_INDEX)
         if 0 in used or used != list(range(used[0], used[-1] + 1)):
             graph.unsupported("constant indices of the batch, or of axes that do not follow each other")
         values = [graph.value(listed[i]) for i in used]
