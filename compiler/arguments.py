@@ -40,6 +40,9 @@ class Arguments:
                 out.append((place + "".join(f"[{step!r}]" for step in path), leaf))
         return out
 
+    def count(self) -> int:
+        return len(self.args) + len(self.kwargs)
+
     def inputs(self) -> dict[str, Any]:
         """The named arguments that are no constants."""
         return {name: arg for name, arg in self.kwargs.items() if not isinstance(arg, CONSTANTS)}

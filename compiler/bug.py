@@ -21,10 +21,10 @@ from tacit.export import module_path, source_line
 from tacit.ir.errors import CompilerBug, TacitError
 from tacit.ir.files import write_whole
 from tacit.ir.plan import Plan
+from tacit.tracing import FRACTIONS
 
 _PACKAGES = ("tacit", "torch", "numpy", "numba", "networkx", "cryptography", "safetensors")
 _LONGEST = 300
-_FRACTIONS = re.compile(r"[-+]?\d*\.\d[\d.]*(?:e[-+]?\d+)?|\b\d+e[-+]?\d+")
 # Text of an exception may hold values; numbers that could be weights, and whatever stands in brackets, are left out.
 _VALUES = re.compile(
     r"tensor\([^)]*\)|\[.*\]|[-+]?\d*\.\d[\d.]*(?:[eE][-+]?\d+)?|[-+]?\d{4,}|\d+[eE][-+]?\d+", re.DOTALL
@@ -131,7 +131,7 @@ def _node_text(node: torch.fx.Node, labels: Mapping[str, str]) -> str:
         for x in results
         if x is not None
     ]
-    called = _FRACTIONS.sub("#", f"{node.target}{node.args}{node.kwargs or ''}")
+    called = FRACTIONS.sub("#", f"{node.target}{node.args}{node.kwargs or ''}")
     about = (labels.get(node.name, ""), module_path(node) and f"@{module_path(node)}", source_line(node))
     head = f"%{node.name}" + (f" : {', '.join(types)}" if types else "")
     return "  ".join(filter(None, (f"{head} = {node.op} {called}", *about)))

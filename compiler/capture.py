@@ -9,15 +9,18 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils import _pytree as pytree
 
 from tacit.arguments import slots_of_program
 from tacit.constants import NotConstant
 from tacit.containers import results_of
-from tacit.export import exported_as, module_path, simplified, source_line
-from tacit.graph import FLOATS, INTEGERS
+from tacit.export import exported_as, module_path, source_line
+from tacit.fit import FLOATS
+from tacit.graph import INTEGERS
 from tacit.ir.errors import CompileError
 from tacit.ir.op import Level
-from tacit.ir.ops.layer import Layer, layers
+from tacit.ir.ops.layer import WHOLE, Layer, layers
 from tacit.ir.ops.model import Argmax, CountCorrect, NoOp
 from tacit.ir.ops.outputs import Pack
 from tacit.ir.ops.roles import Input, Weight
@@ -26,9 +29,10 @@ from tacit.ir.tree import Leaf, Tree
 from tacit.ir.types import Batch, Type
 from tacit.layout import Laid
 from tacit.operands import NUMBERS, Operands, flat, mapped
+from tacit.options import Range
+from tacit.rewrite import opaque, simplified
 
 Tensor = torch.Tensor
-Range = tuple[float, float]
 _VIEWS = {
     f"aten.{name}"
     for name in (
@@ -77,7 +81,7 @@ class Capture(Operands):
                     self.truths.add(found.line)
             elif node.op == "output":
                 result = self._output(node, reveal)
-            else:
+            elif node.op != "get_attr":  # the graph of a call, which says more of itself
                 self.unsupported(f"the graph holds a '{node.op}' node")
         if self._ranges:
             raise CompileError(f"there are {len(self._ranges)} examples more than the model has inputs")
@@ -90,11 +94,14 @@ class Capture(Operands):
     def _require_no_writes(self) -> None:
         """A model is a function of its input: it keeps nothing and changes nothing that it was given."""
         signature = self.program.graph_signature
-        written = signature.buffers_to_mutate | signature.user_inputs_to_mutate
-        for name, label in written.items():
+        kept = signature.buffers_to_mutate | signature.parameters_to_mutate
+        for name, label in (kept | signature.user_inputs_to_mutate).items():
             self.node = next(node for node in self.program.graph.nodes if node.name == name)
+            keeps = (
+                ", and a plan keeps nothing for the next call: write under `if self.training:`" if name in kept else ""
+            )
             self.unsupported(
-                f"the model writes to '{label}' while it runs; compute on a copy, as in x = x + 1 or x.clone()"
+                f"the model writes to '{label}' while it runs{keeps}; compute on a copy, as in x = x + 1 or x.clone()"
             )
 
     def _placeholder(self, node: torch.fx.Node) -> None:
@@ -148,6 +155,13 @@ class Capture(Operands):
         value = node.meta.get("val")
         if not node.users:
             return
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            self.unsupported(opaque(node))
+        if any(isinstance(x, Tensor) and free_unbacked_symbols(x) for x in pytree.tree_leaves(value)):
+            self.unsupported(
+                "the shape of its result depends on values, which nobody may see: keep all elements and choose among "
+                "them, as in torch.where(mask, x, 0)"
+            )
         if value is None or isinstance(value, NUMBERS):
             self._number(node)
             return
@@ -167,10 +181,12 @@ class Capture(Operands):
         if self.target in _VIEWS or self.target in _PERMUTATIONS:
             self._values[node] = self._fits(self._moved(node), value)
             return
+        if not isinstance(node.target, torch._ops.OpOverload):
+            self.unsupported(opaque(node))
         layer = self._layers.get(self.target)
         if layer is None:
             self.unsupported(_unknown(self.target, exported_as(node), self._layers))
-        found = self._captured(layer, self._arguments(node, layer.unresolved), value)
+        found = self._captured(layer, self._arguments(node, layer), value)
         self._values[node] = found if isinstance(found, list) else self._fits(found, value)
 
     def _number(self, node: torch.fx.Node) -> None:
@@ -224,6 +240,8 @@ class Capture(Operands):
         k = self._with_dimension(k, value)
         if self._on_floats(layer, k, value):
             k = {key: v if key in layer.choosers else mapped(v, self._as_real) for key, v in k.items()}
+        # What has a shape of its own is not aligned with the others: weights, and the states of recurrent layers.
+        k = {key: mapped(v, lambda x: x.line) if key in layer.own_shapes else v for key, v in k.items()}
         laid = [x for x in flat(k.values()) if isinstance(x, Laid)]
         first = laid[0]
         if all(x.trivial for x in laid) or not layer.batch_anywhere:
@@ -236,7 +254,7 @@ class Capture(Operands):
             if any((x.place, x.left, x.right) != (first.place, first.left, first.right) for x in laid):
                 self.unsupported("its operands hold the batch in different dimensions")
             names = mapped(k, lambda x: self._of_rank(x, rank).line)
-            own = layer.own_weights
+            own = layer.own_shapes
             names = {key: v if key in own else self._laid_weights(v, first, rank) for key, v in names.items()}
         for key in layer.axes:
             names[key] = self._axes(names.get(key), first) if key in names else None
@@ -258,6 +276,8 @@ class Capture(Operands):
         """The result, whose shape has to be the one that PyTorch has."""
         if not self.is_weight(found.line):
             shape = tuple(self.dim(d) for d in value.shape)
+            if not any(isinstance(d, Batch) for d in shape):
+                self.unsupported(WHOLE)
             if self._layout.shape(found) != shape:
                 self.unsupported(f"its shape came out as {self._layout.shape(found)}, torch has {tuple(value.shape)}")
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 
 from tacit.driver import Model, prepare
+from tacit.ir.errors import InputError
+from tacit.ir.given import number_of, shown
 from tacit.ir.op import Level
 from tacit.ir.ops.roles import Input, Weight
 from tacit.ir.plan import Node, Plan
@@ -59,8 +62,15 @@ def diff(model: Model, *inputs: Any, tolerance: float = TOLERANCE, **options: An
     The options are those of `tacit.compile`. Each layer of the simplified model (batch norms folded) stands beside the
     line that its value became. Raises CompileError and InputError.
     """
+    if not inputs:
+        raise InputError("diff takes a model and inputs for it, as in tacit.diff(model, x)")
+    for name in options.keys() - inspect.signature(prepare).parameters.keys():
+        raise TypeError(f"diff() got an unexpected keyword argument '{name}'")
+    allowed = number_of(tolerance)
+    if allowed is None or not allowed >= 0:
+        raise InputError(f"tolerance has to be a number of at least 0, not {shown(tolerance)}")
     with waiting("comparing with float"):
-        return _diff(model, inputs, tolerance, options)
+        return _diff(model, inputs, allowed, options)
 
 
 def _diff(model: Model, inputs: tuple[Any, ...], tolerance: float, options: Mapping[str, Any]) -> Diff:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -12,19 +12,19 @@ from torch.export import ExportedProgram
 
 from tacit.constants import Constants
 from tacit.export import module_path, source_line
+from tacit.fit import misfit
 from tacit.indices import Indices
 from tacit.ir.build import Builder
 from tacit.ir.errors import CompileError, draw
 from tacit.ir.op import Level, Op
 from tacit.ir.ops.arithmetic import Add, MulScalar
-from tacit.ir.ops.layer import Layer
+from tacit.ir.ops.layer import SECRET_INDEX, Layer
 from tacit.ir.ops.model import AsReal
 from tacit.ir.ops.moves import Move, Reshape, Slice
 from tacit.ir.ops.roles import Input, Weight
 from tacit.ir.types import Batch, Dim, Type, dim_at
 
 Tensor = torch.Tensor
-FLOATS = (torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _SOFTMAXES = {"softmax", "safe_softmax"}
 _KEEPS_SCORES = {
@@ -44,6 +44,7 @@ class Graph(Builder):
         self.target = ""  # the operator under way, as "aten.relu.default"
         self.node: torch.fx.Node | None = None
         self.constants = Constants()
+        self.hints: Mapping[str, str] = {}  # by the paths of modules: what to do where the batch is out of place
         self.truths: set[str] = set()  # lines of truth values
         self.indices = Indices(self)
         self.wholes: set[str] = set()  # lines of whole numbers, truth values among them: without fractional bits
@@ -157,7 +158,7 @@ class Graph(Builder):
     def static_indices(self, name: str, size: int) -> list[int]:
         """The indices in a constant, from 0 up."""
         if not self.is_weight(name):
-            self.unsupported("an index that depends on the input")
+            self.unsupported(SECRET_INDEX)
         return self.static_indices_of(self.value(name), size)
 
     def static_indices_of(self, value: Tensor, size: int) -> list[int]:
@@ -208,18 +209,21 @@ class Graph(Builder):
         place = list(self.program.graph.nodes).index(self.node)
         path, source = module_path(self.node), source_line(self.node)
         where = f"module '{path}'" if path else "the model"
-        head = f"{where}{', ' + source if source else ''}: {reason}"
+        hint = self._hint(path) if "the batch" in reason else ""
+        head = f"{where}{', ' + source if source else ''}: {reason}{'. ' + hint if hint else ''}"
         raise CompileError(draw(lines, place, head))
+
+    def _hint(self, path: str) -> str:
+        """That of the module, or of the innermost one around it that has one."""
+        around = path.split(".") if path else []
+        paths = [".".join(around[:i]) for i in range(len(around), -1, -1)]
+        return next((self.hints[p] for p in paths if p in self.hints), "")
 
     def weight(self, label: str, value: Tensor) -> str:
         """A line for a constant; it goes again if nothing but its shape or its indices are used."""
-        kind = f"'{label}' is {value.dtype}; weights are float32 or float64"
-        if value.is_quantized:
-            self.unsupported(f"{kind}: compile the model before it is quantised")
-        if value.is_complex():
-            self.unsupported(f"{kind}: write real and imaginary parts as two tensors")
-        if value.is_floating_point() and value.dtype not in FLOATS:
-            self.unsupported(f"{kind}: convert with model.float()")
+        reason = misfit(label, value)
+        if reason:
+            self.unsupported(reason)
         value = value.detach()
         wrong = value.is_floating_point() and not bool(torch.isfinite(value.sum(dtype=torch.float64)))
         if wrong and not bool(torch.isfinite(value[value != -torch.inf]).all()):  # a mask may hold minus infinity

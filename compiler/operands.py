@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -32,9 +32,10 @@ class Operands(Graph):
         self._sources: dict[torch.fx.Node, tuple[str, Tensor]] = {}  # parameters and buffers
         self._layout = Layout(self, self.unsupported)
 
-    def _arguments(self, node: torch.fx.Node, unresolved: Sequence[str] = ()) -> dict[str, Any]:
+    def _arguments(self, node: torch.fx.Node, layer: type[Layer] = Layer) -> dict[str, Any]:
         """Arguments by the names of the ATen schema, defaults filled in; values as `Laid`, constants as lines, or as
-        nodes where they stay unresolved."""
+        nodes where they stay unresolved. A number in the place of a tensor becomes a constant, unless the layer reads
+        numbers there."""
         schema = getattr(node.target, "_schema", None)
         if schema is None:
             self.unsupported(f"'{node.target}' is no operator of PyTorch's, but a call with a graph of its own")
@@ -46,8 +47,11 @@ class Operands(Graph):
                 value = node.kwargs[argument.name]
             else:
                 value = argument.default_value if argument.has_default_value() else None
-            kept = argument.name in unresolved and isinstance(value, torch.fx.Node) and value in self.constants
-            out[argument.name] = value if kept else self._resolve(value)
+            kept = argument.name in layer.unresolved and isinstance(value, torch.fx.Node) and value in self.constants
+            value = value if kept else self._resolve(value)
+            if type(value) in (int, float, bool) and argument.name not in layer.numbers and _is_tensor(argument.type):
+                value = self.constant(argument.name, torch.tensor(self.scalar(value)))
+            out[argument.name] = value
         return out
 
     def _resolve(self, value: Any) -> Any:
@@ -152,6 +156,11 @@ class Operands(Graph):
                 "it acts along the batch, but elements of a batch do not depend on each other; name other dimensions"
             )
         return x.axis(dim)
+
+
+def _is_tensor(kind: Any) -> bool:
+    """Whether the schema asks for a tensor, or for one or nothing."""
+    return str(kind) in ("Tensor", "Optional[Tensor]")
 
 
 def flat(values: Any) -> Iterator[Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tacit.ir.given import path_of
 from tacit.ir.plan import Plan
 from tacit.runtime.leaving import stops_at_exit
 from tacit.secure import check_inputs, decode_answer, encode_inputs, load
@@ -69,8 +70,8 @@ def connect(deployment: PathLike, identity: PathLike, *, plan: Plan | None = Non
     from tacit.runtime.net.client import Client
     from tacit.runtime.net.deployment import load_deployment, load_identity
 
-    found = load_deployment(deployment)
-    return Remote(Client(found, load_identity(found, identity), plan))
+    found = load_deployment(path_of(deployment, "a deployment"))
+    return Remote(Client(found, load_identity(found, path_of(identity, "an identity")), plan))
 
 
 @stops_at_exit
@@ -82,5 +83,6 @@ def push(deployment: PathLike, identity: PathLike, model: PathLike) -> int:
     from tacit.runtime.net.deployment import load_deployment, load_identity
     from tacit.runtime.net.pushing import push as push_model
 
-    found, secure = load_deployment(deployment), load(model)
-    return push_model(found, load_identity(found, identity), secure.plan, secure.weights).bytes
+    found, secure = load_deployment(path_of(deployment, "a deployment")), load(model)
+    owner = load_identity(found, path_of(identity, "an identity"))
+    return push_model(found, owner, secure.plan, secure.weights).bytes

@@ -18,6 +18,7 @@ from safetensors.torch import save as save_tensors
 from tacit.arguments import bind, slots_of
 from tacit.ir.errors import InputError, WeightsError
 from tacit.ir.files import require_place
+from tacit.ir.given import path_of, shown
 from tacit.ir.ops.outputs import Pack
 from tacit.ir.ops.roles import Input, Weight
 from tacit.ir.plan import Node, Plan
@@ -104,6 +105,8 @@ class Secure:
 
         With `check`, raises RangeError at the first line of which a value leaves the range that the plan states.
         """
+        if not isinstance(check, (bool, int)):
+            raise InputError(f"check has to be True or False, not {shown(check)}")
         run = interpret_checked if check else interpret
 
         with waiting("the clear oracle"):
@@ -141,9 +144,12 @@ class Secure:
         read ahead of the answers.
         Raises InputError at the first item that does not fit, before anything of it is shared.
         """
+        try:
+            items = iter(batches)
+        except TypeError:
+            raise InputError(f"stream takes several batches, as in a list, not {shown(batches)}") from None
         count = len(batches) if isinstance(batches, Sized) else None
-        answers = self._answers(batches)
-        yield from track(each(answers), "encrypted inference", total=count)
+        yield from track(each(self._answers(items)), "encrypted inference", total=count)
 
     def _answers(self, batches: Iterable[Any]) -> Iterator[Any]:
         encoded = (self._encoded(item if isinstance(item, tuple) else (item,)) for item in batches)
@@ -161,6 +167,7 @@ class Secure:
         arguments, file = inputs[:-1], inputs[-1] if inputs else None
         if not isinstance(file, (str, os.PathLike)):
             raise InputError("the last argument of trace without a name is the file to write")
+        file = path_of(file, "the last argument of trace")
         require_place(file)
         encoded = self._encoded(arguments, named)
         session = self.session()
@@ -172,6 +179,8 @@ class Secure:
     def session(self, link: LinkModel | None = None) -> Session:
         """The session of this model in this process, opened at first use; `link` emulates a network, and opens a new
         one. Calls of all threads run in it side by side; a forked process opens its own."""
+        if link is not None and not isinstance(link, LinkModel):
+            raise InputError(f"link has to be a LinkModel of tacit.runtime.channel, not {shown(link)}")
         with self._opening:
             if self._session is None or link is not None or self._session.pid != os.getpid():
                 with waiting("sharing the weights; the first use compiles the kernels"):
@@ -198,17 +207,19 @@ class Secure:
 
         Both or none: if that fails, a model that was there before is still there. Raises OSError, which names the file.
         """
+        target = path_of(folder, "what a model is saved to")
         with waiting("writing the weights"):
             told = {"plan": self.plan.digest, "sha256": _fingerprint(self._weights), "dtype": str(self._dtype)}
             content = save_tensors({k: v.contiguous() for k, v in self._weights.items()}, told)
-            save_model(Path(folder), str(self.plan), content)
+            save_model(target, str(self.plan), content)
 
 
 @stops_at_exit
 def load(folder: str | os.PathLike[str]) -> Secure:
     """What `Secure.save` wrote; raises PlanError or WeightsError where a file was changed or does not belong."""
+    source = path_of(folder, "what a model is loaded from")
     with waiting("reading the weights"):
-        return _loaded(Path(folder))
+        return _loaded(source)
 
 
 def _loaded(source: Path) -> Secure:

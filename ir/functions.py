@@ -38,7 +38,7 @@ class Known:
         raise CompileError(
             f"{name} is not defined everywhere in [{low:.4g}, {high:.4g}], where its operand may lie. Keep the operand "
             f"{'at or ' if self.closed else ''}above {self.least:g}: add a constant of at least a few units of the "
-            "scale (2^-12 or so), clamp it from below, or square it first"
+            "scale (2^-12 or so), clamp it from below, or square it first; where it is small, give more frac_bits"
         )
 
 

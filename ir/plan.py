@@ -14,6 +14,7 @@ import networkx as nx
 
 from tacit.ir.cost import P0, P1, P2, ROLES, Cost, Link, Randomness
 from tacit.ir.errors import CompileError, PlanError, drawn
+from tacit.ir.given import batch_of
 from tacit.ir.op import Level, Op, Subprotocol, inferred
 from tacit.ir.types import Type
 
@@ -193,6 +194,8 @@ class Plan:
         """The plan that prints as `text`; raises PlanError, with the plan drawn around the line at fault."""
         from tacit.ir.text import parse_plan
 
+        if not isinstance(text, str):
+            raise PlanError(f"a plan is parsed from text, not from {type(text).__name__}")
         return parse_plan(text)
 
     @cached_property
@@ -217,7 +220,7 @@ class Plan:
 
     def at(self, batch: int) -> Mapping[str, SizedNode]:
         """All nodes for a batch of that size, by name; the last few sizes are remembered."""
-        return self._sized(batch)
+        return self._sized(batch_of(batch))
 
     @cached_property
     def _sized(self) -> Callable[[int], Mapping[str, SizedNode]]:
@@ -294,9 +297,9 @@ class Plan:
 
         network: virtual, lan, wan, or as in "rtt=40ms,rate=350Mbit": `prediction` then holds the seconds that a run
         will take on machines like this one, whose speed is measured at first use, once, and kept in the user's cache.
-        Raises InputError for other networks.
+        Raises InputError for other networks, and for what is no batch.
         """
-        rows = []
+        batch, rows = batch_of(batch), []
         for node in self.nodes:
             schedule = self.session_schedule if node.op.session else self.schedule
             rows.append(
@@ -309,13 +312,15 @@ class Plan:
                     self._cost(node, batch),
                 )
             )
-        return PlanCost(batch, self.schedule.rounds, tuple(rows), self.predict(batch, network) if network else None)
+        return PlanCost(
+            batch, self.schedule.rounds, tuple(rows), None if network is None else self.predict(batch, network)
+        )
 
     def predict(self, batch: int, network: str, *, measure: bool = True) -> Prediction | None:
         """Seconds of one inference; None where the speed of this machine is unknown and is not to be measured."""
         from tacit.ir.predict import FINDERS, network_model, predict
 
-        network_model(network)
+        batch, _ = batch_of(batch), network_model(network)
         self.cost(batch=batch)  # what is refused is refused before anything is measured
         machine = next((found for find in FINDERS if (found := find(measure))), None)
         return predict(self, machine, batch=batch, network=network) if machine else None
@@ -349,7 +354,8 @@ class Plan:
         return to_dot(self)
 
     def requirements(self, *, batch: int = 1) -> tuple[Requirement, ...]:
-        """The randomness that one inference of a batch consumes, in plan order."""
+        """The randomness that one inference of a batch consumes, in plan order; raises InputError for no batch."""
+        batch = batch_of(batch)
         return tuple(
             Requirement(node.name, item)
             for node in self.nodes

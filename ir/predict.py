@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from tacit.ir.cost import CLIENT, OWNER, P0, P1, P2, RING, RING_BYTES, Cost, Link
 from tacit.ir.errors import InputError
+from tacit.ir.given import shown
 from tacit.ir.ops.linear import Product
 from tacit.ir.plan import Node, Plan
 from tacit.ir.types import Type
@@ -40,11 +41,12 @@ _RATES = {"kbit": 1e3 / 8, "mbit": 1e6 / 8, "gbit": 1e9 / 8}
 
 def network_model(text: str) -> NetworkModel:
     """virtual, lan, wan, or as in rtt=40ms,rate=350Mbit; raises InputError."""
-    if text in _KNOWN:
+    if isinstance(text, str) and text in _KNOWN:
         return _KNOWN[text]
-    found = re.fullmatch(r"rtt=(\d+(?:\.\d+)?)(us|ms|s),rate=(\d+(?:\.\d+)?)(kbit|mbit|gbit)", text.lower())
+    form = r"rtt=(\d+(?:\.\d+)?)(us|ms|s),rate=(\d+(?:\.\d+)?)(kbit|mbit|gbit)"
+    found = re.fullmatch(form, text.lower()) if isinstance(text, str) else None
     if not found or float(found[3]) == 0:
-        raise InputError(f"network has to be {', '.join(_KNOWN)} or as in rtt=40ms,rate=350Mbit, not '{text}'")
+        raise InputError(f"network has to be {', '.join(_KNOWN)} or as in rtt=40ms,rate=350Mbit, not {shown(text)}")
     return NetworkModel(text, float(found[1]) * _TIMES[found[2]], float(found[3]) * _RATES[found[4]])
 
 

@@ -4,6 +4,9 @@
     line     = "%" name ":" type "=" op ["%" name ("," "%" name)*] [","] [key "=" value ("," ...)] ["@" path]
     comment  = "#" ...            derived columns: dropped by the parser, printed anew from the plan
 
+A name that comes from the model may hold what the grammar has other uses for. Such characters, and others that are no
+letters of any script, are written as ~ and two hexadecimal digits for each byte of their UTF-8.
+
 The four hexadecimal digits that end each line are a checksum of the line, so that an edited line can
 be pointed at; the seal is the SHA-256 of everything above it. They guard against accidents and
 careless edits. Against a malicious editor the parties compare the digest of the whole text.
@@ -33,6 +36,9 @@ _MAX_DIGITS = 40  # of a whole number: more than any ring or shape asks for
 # What a line begins with. Possessive: what one part took, the next cannot ask back, so a line is read once.
 _BEGIN = re.compile(r"%(?P<name>\w++)\s*+:\s*+(?P<type>\w++<[^>]*+>)\s*+=\s*+(?P<op>[\w.]++)")
 _TITLE = re.compile(r"plan ([\w.]++) \{  ")
+_FORBIDDEN = re.compile(r"[^\w.\-;:()\[\]{}]")
+_ESCAPES = re.compile(r"(?:~[0-9A-F]{2})++")
+_LONE = "surrogatepass"  # Python's texts may hold halves of characters
 _RINGS = re.compile(r"[\d^+]++")
 
 
@@ -54,7 +60,7 @@ def print_plan(plan: Plan) -> str:
 
 def node_text(node: Node) -> str:
     """One line, unaligned, without derived columns."""
-    return f"  %{node.name} : {node.type} = {_call(node)}" + (f"  @{node.path}" if node.path else "")
+    return f"  %{node.name} : {node.type} = {_call(node)}" + (f"  @{_escaped(node.path)}" if node.path else "")
 
 
 def parse_plan(text: str) -> Plan:
@@ -97,7 +103,7 @@ def _header_value(plan: Plan, key: str) -> str:
 
 
 def _aligned(plan: Plan) -> list[str]:
-    rows = [(f"%{n.name}", str(n.type), _call(n), f"@{n.path}" if n.path else "") for n in plan.nodes]
+    rows = [(f"%{n.name}", str(n.type), _call(n), f"@{_escaped(n.path)}" if n.path else "") for n in plan.nodes]
     widths = [_width((row[i] for row in rows), _LONG_CALL) for i in range(4)]
     return [
         f"  {a:<{widths[0]}} : {b:<{widths[1]}} = {c:<{widths[2]}}  {d:<{widths[3]}}".rstrip() for a, b, c, d in rows
@@ -143,7 +149,19 @@ def _value_text(value: Any) -> str:
         return "x".join(_value_text(v) for v in value)
     if isinstance(value, float):
         return repr(value)
-    return number(value) if isinstance(value, int) else str(value)
+    return number(value) if isinstance(value, int) else _escaped(str(value))
+
+
+def _escaped(text: str) -> str:
+    """A text as an attribute or a path, without the characters that it may not hold."""
+    return _FORBIDDEN.sub(lambda found: "".join(f"~{b:02X}" for b in found[0].encode("utf-8", _LONE)), text)
+
+
+def _unescaped(text: str) -> str:
+    """The inverse; raises ValueError where there is none."""
+    if _FORBIDDEN.search(_ESCAPES.sub("", text)):
+        raise ValueError(text)
+    return _ESCAPES.sub(lambda found: bytes.fromhex(found[0].replace("~", "")).decode("utf-8", _LONE), text)
 
 
 @cache
@@ -163,9 +181,9 @@ def _parse_value(kind: Any, text: str) -> Any:
     if typing.get_origin(kind) is tuple:
         element = typing.get_args(kind)[0]
         return tuple(_number(element, v) for v in text.split("x"))
-    if not re.fullmatch(r"[\w.\-;:()\[\]{}]+", text):
+    if not text:
         raise ValueError(text)
-    return text
+    return _unescaped(text)
 
 
 def _number(kind: type[int] | type[float], text: str) -> int | float:
@@ -192,15 +210,22 @@ def _parse_line(lines: list[str], i: int) -> Node:
     line, _, path = lines[i].partition("#")[0].strip().partition("@")
     try:
         found = _BEGIN.match(line)
-        if not found or not re.fullmatch(r"\S*", path):
+        if not found:
             raise PlanError("expected '%name : type = op %operand, ..., key=value  @path'")
         op_type = Op.registry.get(found["op"])
         if op_type is None:
             raise PlanError(Op.retired.get(found["op"], f"there is no op '{shortened(found['op'])}'"))
         args, attributes = _parse_operands(line[found.end() :], op_type)
-        return Node(found["name"], op_type(**attributes), args, Type.parse(found["type"]), path)
+        return Node(found["name"], op_type(**attributes), args, Type.parse(found["type"]), _path(path))
     except PlanError as error:
         raise drawn(lines, i, str(error)) from None
+
+
+def _path(text: str) -> str:
+    try:
+        return _unescaped(text)
+    except ValueError:
+        raise PlanError(f"'{shortened(text)}' is not the path of a module") from None
 
 
 def _parse_operands(text: str, op_type: type[Op]) -> tuple[tuple[str, ...], dict[str, Any]]:

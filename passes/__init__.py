@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tacit.ir.errors import CompileError
 from tacit.ir.files import write_whole
 from tacit.ir.plan import Plan
 from tacit.passes.bound import bound_ranges
@@ -67,9 +68,13 @@ def stages(draft: Draft) -> Iterator[tuple[str, Draft]]:
 
 def _dump(number: int, name: str, draft: Draft) -> None:
     folder = os.environ.get("TACIT_DUMP")
-    if folder:
+    if not folder:
+        return
+    try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_whole(Path(folder, f"{number:02}_{name}.txt"), str(draft.plan).encode())
+    except OSError as error:
+        raise CompileError(f"TACIT_DUMP names a folder that cannot be written, {folder}: {error.strerror}") from None
 
 
 __all__ = ["PIPELINE", "Draft", "Pass", "run_pipeline", "stages"]

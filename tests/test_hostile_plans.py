@@ -171,14 +171,35 @@ def test_numbers_are_bounded(text: str, value: str) -> None:
         refused(in_line(text, i, f"  %q : secret<Nx3, f14, b16> = {op} %input, {key}={value}"))
 
 
+NAMES = ("a@b", "@", "a=b", "a,b", "%a", "a b", "a#b", "a\tb", "a\nb", "a~b", "~40", "'\"", "\u202e", "\x00", "{;}/|\\")
+
+
 def test_a_path_comes_back_whatever_it_holds(text: str) -> None:
     plan = Plan.parse(text)
-    for path in ("a@b", "@", "a=b", "a,b", "%a", "é", "a:b", "x<y>", "@@", "a" * 3000):
+    for path in (*NAMES, "é", "a:b", "x<y>", "@@", "a" * 3000):
         named = plan.with_nodes([dataclasses.replace(node, path=path) for node in plan.nodes])
         assert Plan.parse(str(named)) == named
-    for path in ("a b", "a#b", "a\tb", "a\nb"):  # never another plan
-        named = plan.with_nodes([dataclasses.replace(node, path=path) for node in plan.nodes])
-        refused(str(named))
+
+
+def test_a_label_comes_back_whatever_it_holds(text: str) -> None:
+    plan = Plan.parse(text)
+    for label in NAMES:
+        nodes = [
+            dataclasses.replace(n, op=dataclasses.replace(n.op, label=f"{label}.{i}")) if n.op.declares else n  # type: ignore[call-arg]
+            for i, n in enumerate(plan.nodes)
+        ]
+        named = plan.with_nodes(nodes)
+        assert Plan.parse(str(named)) == named
+        assert len(str(named).splitlines()) == len(text.splitlines())
+
+
+@pytest.mark.parametrize("name", ["a~", "a~4", "a~4g", "a~40~ff", "a~FF", "~C3b", "a~41"])
+def test_an_escape_that_nothing_is_written_as_is_refused(text: str, name: str) -> None:
+    plan = Plan.parse(text)
+    i, node = next((i, node) for i, node in enumerate(plan.nodes) if node.op.declares)
+    label = node.op.label  # type: ignore[attr-defined]
+    refused(text.replace(f"label={label}", f"label={name}", 1))
+    refused(in_line(text, i + 1, text.splitlines()[i + 1].split("  #")[0].rstrip() + f"  @{name}"))
 
 
 # --- attributes ---

@@ -113,6 +113,22 @@ class Clamp(ModelOp):
 
 
 @dataclass(frozen=True)
+class Confined(Clamp):
+    """A clamp with two finite ends, of a truncated x: no rounding follows, so it is known to lie between them."""
+
+    name = "model.confined"
+
+    def expand(self, b: FixedBuilder, *args: str) -> str:
+        out = super().expand(b, b.at_scale(args[0]))
+        low, high = (b.constant(end, b.types[out].frac) for end in (self.low, self.high))
+        return b.known(out, low=low, high=high)
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        return (Sample(cls(0.25, 0.75), (real(_N, 7),)),)
+
+
+@dataclass(frozen=True)
 class LeakyReLU(ModelOp):
     """slope x + (1 - slope) ReLU(x)."""
 
@@ -127,7 +143,7 @@ class LeakyReLU(ModelOp):
         if "rrelu" not in graph.target:
             return graph.emit(cls(graph.scalar(k["negative_slope"])), k["self"])
         if k["training"]:
-            graph.unsupported("a random slope; call model.eval() first")
+            graph.unsupported("a random slope: its call says training=True; pass training=self.training")
         return graph.emit(cls((graph.scalar(k["lower"]) + graph.scalar(k["upper"])) / 2), k["self"])
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ class Linear(ModelOp):
     name = "model.linear"
     aten = ("aten.linear.default",)
     batch_anywhere = True
-    own_weights = ("weight", "bias")
+    own_shapes = ("weight", "bias")
 
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str:
@@ -338,7 +338,9 @@ class BatchNorm(ModelOp):
             return GroupNorm.of(graph, k["input"], channels, k["weight"], k["bias"], k["eps"])
         if k.get("training") or k["running_mean"] is None:
             graph.unsupported(
-                "the norm uses the statistics of its input; call model.eval() first, with track_running_stats=True"
+                "the norm uses the statistics of its input, which mixes the elements of a batch: as in training, or "
+                "always where track_running_stats=False; train it with running statistics, or use a LayerNorm, "
+                "GroupNorm or InstanceNorm"
             )
         return cls._of(graph, k)
 

@@ -10,7 +10,7 @@ import torch
 
 from tacit.ir.functions import known_function
 from tacit.ir.op import Sample
-from tacit.ir.ops.arithmetic import MulScalar
+from tacit.ir.ops.arithmetic import Add, AddScalar, MulScalar
 from tacit.ir.ops.layer import Layer, real
 from tacit.ir.ops.model import ModelOp
 from tacit.ir.ops.products import Times
@@ -199,3 +199,36 @@ class Power(Layer):
             half = cls.of(graph, x, exponent / 2)
             return graph.emit(Times(), half, half)
         return graph.emit(Function("integer_power" if exponent.is_integer() else "power", (exponent,)), x)
+
+
+class Exponential(Layer):
+    """A positive number to the power x: exp(x log(number))."""
+
+    aten = ("aten.pow.Scalar",)
+    batch_anywhere = True
+
+    @classmethod
+    def capture(cls, graph: Capture, **k: Any) -> str:
+        base = graph.scalar(k["self"])
+        if base <= 0:
+            graph.unsupported(f"a power of {base}, which is no real number for most exponents; bases are positive")
+        return graph.emit(Function("exp"), graph.emit(MulScalar(math.log(base)), k["exponent"]))
+
+
+class Logit(Layer):
+    """log(x) - log(1 - x), of x between eps and 1 - eps: side by side, without the quotient's wide range."""
+
+    aten = ("aten.logit.default", "aten.logit_.default", "aten.special_logit.default")
+    batch_anywhere = True
+
+    @classmethod
+    def capture(cls, graph: Capture, **k: Any) -> str:
+        from tacit.ir.ops.activation import Confined
+
+        x = k["self"]
+        if k["eps"] is not None:
+            eps = graph.scalar(k["eps"])
+            x = graph.emit(Confined(min(eps, 1 - eps), 1 - eps), x)  # where they cross, PyTorch's clamp takes the high
+        rest = graph.emit(AddScalar(1.0), graph.emit(MulScalar(-1.0), x))
+        minus = graph.emit(MulScalar(-1.0), graph.emit(Function("log"), rest))
+        return graph.emit(Add(), graph.emit(Function("log"), x), minus)

@@ -13,7 +13,7 @@ from tacit.ir.build import Label
 from tacit.ir.op import Sample, expect
 from tacit.ir.ops import linear as fixed_linear
 from tacit.ir.ops import local
-from tacit.ir.ops.layer import Layer, inverse, real
+from tacit.ir.ops.layer import WHOLE, Layer, inverse, real
 from tacit.ir.ops.model import ModelOp
 from tacit.ir.ops.moves import permuted, reshaped
 from tacit.ir.types import Batch, Shape, Type, broadcast
@@ -33,6 +33,7 @@ class Add(ModelOp):
     name = "model.add"
     aten = ("aten.add.Tensor", "aten.add_.Tensor", "aten.sub.Tensor", "aten.sub_.Tensor")
     batch_anywhere = True
+    numbers = ("other",)
 
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str:
@@ -91,6 +92,7 @@ class Mul(ModelOp):
     name = "model.mul"
     aten = ("aten.mul.Tensor", "aten.mul_.Tensor", "aten.div.Tensor", "aten.div_.Tensor")
     batch_anywhere = True
+    numbers = ("other",)
 
     whole: bool = False  # both are whole numbers, and the constant is encoded without fractional bits
 
@@ -242,7 +244,7 @@ class SumAlong(ModelOp):
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str:
         if k["dim"] is None or k["dim"] == []:
-            graph.unsupported("a sum over all dimensions takes in the batch; name the others")
+            graph.unsupported(WHOLE)
         out = graph.emit(cls(tuple(sorted(k["dim"])), "mean" in graph.target), k["self"])
         if k["keepdim"]:
             return out
@@ -272,10 +274,7 @@ class OverEverything(Layer):
 
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str:
-        graph.unsupported(
-            "it takes in the batch with all other dimensions; name those that it shall take in, and choose between "
-            "two values by torch.where"
-        )
+        graph.unsupported(WHOLE)
 
 
 def rows(graph: Capture, x: str, axes: Sequence[int], keepdim: bool) -> tuple[str, Shape]:

@@ -98,6 +98,7 @@ class Compare(Layer):
         f"aten.{name}.{kind}" for name in ("gt", "ge", "lt", "le", "eq", "ne") for kind in ("Tensor", "Scalar")
     )
     batch_anywhere = True
+    numbers = ("other",)
 
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str:
@@ -181,6 +182,7 @@ class Where(Layer):
     )
     batch_anywhere = True
     choosers = ("mask", "condition")
+    numbers = ("self", "other")
 
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str:

@@ -114,7 +114,7 @@ class Embedding(ModelOp):
     name = "model.embedding"
     aten = ("aten.embedding.default",)
     batch_anywhere = True
-    own_weights = ("weight",)
+    own_shapes = ("weight",)
     choosers = ("indices",)
 
     @classmethod
@@ -220,7 +220,7 @@ class EmbeddingBag(Layer):
     """torch.nn.EmbeddingBag with sums or means of N x T indices; a padding index counts in neither."""
 
     aten = ("aten.embedding_bag.padding_idx", "aten.embedding_bag.default", "aten._embedding_bag.default")
-    own_weights = ("weight",)
+    own_shapes = ("weight",)
     choosers = ("indices",)
     unresolved = ("offsets",)
 

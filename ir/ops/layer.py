@@ -11,6 +11,17 @@ if TYPE_CHECKING:
     from tacit.capture import Capture
     from tacit.ir.build import FixedBuilder
 
+# What is said of a result for the batch as a whole.
+WHOLE = (
+    "it takes in the batch with all other dimensions; name those that it shall take in, and choose between two values "
+    "by torch.where"
+)
+# What is said of elements that are chosen by a value.
+SECRET_INDEX = (
+    "an index that depends on the input, which nobody may see: choose among n rows by a product, as in "
+    "F.one_hot(index, n).float() @ rows"
+)
+
 
 class Layer:
     """Base of the ops of the model level, and of ATen operators that are written in terms of other layers.
@@ -20,7 +31,9 @@ class Layer:
     batch_anywhere: whether it also works where the batch is not the first dimension of the tensor in PyTorch: element
         by element, along the last dimension, or along `axes`. Lines always have it first, the other dimensions in
         order behind it.
-    own_weights: names of arguments that are constants of a shape of their own, not to be broadcast.
+    numbers: names of arguments that are tensors or numbers; in the place of any other tensor a number arrives as a
+        constant.
+    own_shapes: names of arguments with a shape of their own, not to be broadcast: constants, or lines as they stand.
     unresolved: names of arguments that arrive as nodes of the exported graph where they are constants.
     increasing: whether it is an increasing function of each element; such a one commutes with maxima.
     choosers: names of arguments that choose, truth values and indices: they stay whole numbers beside floats.
@@ -29,7 +42,8 @@ class Layer:
     aten: ClassVar[tuple[str, ...]] = ()
     axes: ClassVar[tuple[str, ...]] = ()
     batch_anywhere: ClassVar[bool] = False
-    own_weights: ClassVar[tuple[str, ...]] = ()
+    numbers: ClassVar[tuple[str, ...]] = ()
+    own_shapes: ClassVar[tuple[str, ...]] = ()
     unresolved: ClassVar[tuple[str, ...]] = ()
     increasing: ClassVar[bool] = False
     choosers: ClassVar[tuple[str, ...]] = ()

@@ -15,7 +15,7 @@ import torch
 
 from tacit.ir.op import Level, Op, Sample, probed_shape
 from tacit.ir.ops import local, moves, nonlinear
-from tacit.ir.ops.layer import Layer, real
+from tacit.ir.ops.layer import WHOLE, Layer, real
 from tacit.ir.types import Batch, Type
 
 if TYPE_CHECKING:
@@ -81,7 +81,9 @@ class NoOp(ModelOp):
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str | list[str]:
         if k.get("train"):
-            graph.unsupported("dropout in training mode; call model.eval() first")
+            graph.unsupported(
+                "dropout whose call says training=True, as F.dropout does by itself; pass training=self.training"
+            )
         out = graph.emit(cls(), k["input"] if "input" in k else k["self"])
         return [out] if "native" in graph.target else out
 
@@ -136,7 +138,7 @@ class Conversion(Layer):
         if wanted in (torch.float32, torch.float64):
             return graph.emit(AsReal() if graph.is_whole(x) else NoOp(), x)
         if wanted.is_complex or wanted.is_floating_point:
-            graph.unsupported(f"a conversion to {wanted}; values are float32 or float64")
+            graph.unsupported(f"a conversion to {wanted}; values are float32 or float64: leave it out")
         if wanted == torch.bool and not graph.is_truth(x):
             return unequal(graph, x)
         if not graph.is_whole(x):
@@ -163,7 +165,7 @@ class Argmax(ModelOp):
         from tacit.ir.ops.arithmetic import MulScalar, rows
 
         if k["dim"] is None:
-            graph.unsupported("it takes in the batch; name a dimension")
+            graph.unsupported(WHOLE)
         x = graph.emit(MulScalar(-1.0), k["self"]) if "argmin" in graph.target else k["self"]
         if len(graph.shape(x)) == 2 and not k["keepdim"]:
             return graph.emit(cls(), x)

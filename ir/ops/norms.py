@@ -13,7 +13,7 @@ from tacit.ir.ops import local
 from tacit.ir.ops.approximated import Function
 from tacit.ir.ops.arithmetic import Add, Mul, SumAlong
 from tacit.ir.ops.bilinear import Times, square
-from tacit.ir.ops.layer import Layer, real
+from tacit.ir.ops.layer import WHOLE, Layer, real
 from tacit.ir.ops.model import ModelOp
 from tacit.ir.ops.moves import reshaped
 from tacit.ir.types import Batch
@@ -197,7 +197,7 @@ class LayerNorm(Layer):
 
     aten = ("aten.layer_norm.default", "aten.native_layer_norm.default", "aten.rms_norm.default")
     batch_anywhere = True
-    own_weights = ("weight", "bias")
+    own_shapes = ("weight", "bias")
 
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str | list[str]:
@@ -277,7 +277,7 @@ class VarianceAlong(Layer):
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str | list[str]:
         if k["dim"] is None or k["dim"] == []:
-            graph.unsupported("a variance over all dimensions takes in the batch; name the others")
+            graph.unsupported(WHOLE)
         over, name = tuple(sorted(k["dim"])), graph.target.split(".")[1]
         correction = (
             float(k["unbiased"]) if "unbiased" in k else graph.scalar(1 if k["correction"] is None else k["correction"])
@@ -304,8 +304,10 @@ class VectorNorm(Layer):
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str:
         order = k.get("ord", k.get("p"))
-        if order not in (2, 2.0, None) or k["dim"] is None:
-            graph.unsupported("a norm other than the Euclidean one along named dimensions")
+        if k["dim"] is None or k["dim"] == []:
+            graph.unsupported(WHOLE)
+        if order not in (2, 2.0, None):
+            graph.unsupported(f"a norm of order {order}; the Euclidean one, of order 2, is supported")
         dims = k["dim"] if isinstance(k["dim"], list) else [k["dim"]]
         over = tuple(sorted(dims))
         out = graph.emit(Function("sqrt"), graph.emit(SumOfSquares(over), k["self"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -72,20 +73,17 @@ class RunningSum(Layer, LocalOp):
 
 
 class Recurrent(Layer):
-    """torch.nn.LSTM, GRU and RNN in evaluation, from a constant state: one step after the other, in both directions."""
+    """torch.nn.LSTM, GRU and RNN in evaluation, from zeros, a constant or a secret state, in both directions."""
 
     aten = ("aten.lstm.input", "aten.gru.input", "aten.rnn_tanh.input", "aten.rnn_relu.input")
     batch_anywhere = True
-    own_weights = ("hx", "params")
+    own_shapes = ("hx", "params")
 
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> list[str]:
         kind = graph.target.split(".")[1]
         states = k["hx"] if isinstance(k["hx"], list) else [k["hx"]]
-        if not all(map(graph.is_weight, states)):
-            graph.unsupported(
-                "a recurrent layer that starts from what depends on the input; a constant state may be given"
-            )
+        states = [cls._checked(graph, state, k["input"]) for state in states]
         directions, biased = 1 + k["bidirectional"], k["has_biases"]
         each = 4 if biased else 2
         if len(k["params"]) != each * directions * k["num_layers"]:
@@ -108,8 +106,18 @@ class Recurrent(Layer):
         return [x, *last]
 
     @staticmethod
+    def _checked(graph: Capture, state: str, x: str) -> str:
+        """A start state: a constant, or N x (layers x directions) x features."""
+        fits = graph.is_weight(state) or (len(graph.shape(state)) == 3 and graph.shape(state)[0] == graph.shape(x)[0])
+        if not fits:
+            graph.unsupported("a start state whose batch is not that of the input, in second place")
+        return state
+
+    @staticmethod
     def _started(graph: Capture, state: str, place: int) -> str:
         """The state of one layer in one direction, out of those of all; "" for zeros, of which nothing is computed."""
+        if not graph.is_weight(state):
+            return taken(graph, state, 1, [place])
         value = graph.value(state)[place]
         return graph.valued(graph.constant("start", value.reshape(1, 1, -1))) if bool(value.any()) else ""
 
@@ -123,6 +131,10 @@ class _Run:
         self.biases = params[2:]
         self.size = graph.fixed_shape(params[1])[1]
         self.h, self.c = start[0], start[1] if len(start) > 1 else ""
+
+    def start(self, states: Sequence[str], index: int) -> None:
+        """Begin from this one of several layers and directions, where the states are not zeros."""
+        self.h, self.c = ([taken(self.graph, state, 1, [index]) if state else "" for state in states] + [""])[:2]
 
     def unrolled(self, x: str, order: range) -> list[str]:
         """The outputs in the order of the sequence."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tacit.ir.ops.arithmetic import AddScalar
-from tacit.ir.ops.layer import Layer
+from tacit.ir.ops.layer import WHOLE, Layer
 from tacit.ir.ops.moves import Expand, Pad, Permute, Take, permuted, reshaped, taken
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class Reordered(Layer):
         x: str = k["self"]
         dims = k["dims"] if "dims" in k else [k["dim"]]
         if not dims or dims == [None]:
-            graph.unsupported("it takes in the batch; name the dimensions")
+            graph.unsupported(WHOLE)
         shifts = k["shifts"] if isinstance(k.get("shifts"), (list, tuple)) else [k.get("shifts")] * len(dims)
         for axis, shift in zip(dims, shifts, strict=True):
             size = graph.fixed_shape(x)[axis]

@@ -194,7 +194,7 @@ class ScaledDotProductAttention(Layer):
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str:
         if k["dropout_p"]:
-            graph.unsupported("attention with dropout; call model.eval() first")
+            graph.unsupported("attention with dropout_p above 0; pass 0 in evaluation: `p if self.training else 0.0`")
         if k.get("enable_gqa"):
             graph.unsupported("attention with grouped queries; repeat keys and values for each group")
         q, key, v = k["query"], k["key"], k["value"]

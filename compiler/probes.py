@@ -1,0 +1,68 @@
+"""Inputs on which a scale is tried out, and on which ranges are measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from tacit.examples import inputs_of
+from tacit.ir.ops.roles import Input
+from tacit.ir.plan import Plan
+from tacit.secure import check_input
+
+Tensor = torch.Tensor
+# Inputs from all over the range; of calibration data, it takes more.
+_PROBES, _CALIBRATED_PROBES = 16, 64
+# The standard deviation of a faint input: about a quarter of a step of 8 bits in an image from 0 to 1.
+_FAINT = 1e-3
+
+
+def probes(plan: Plan, examples: Mapping[str, Tensor], calibration: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """Inputs on which scales are tried out: the whole example, and calibration data or values all over the range."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = {}
+    for _, op in inputs_of(plan):
+        shown = examples[op.label].double()
+        if calibration is not None:
+            more = calibration[op.label][:_CALIBRATED_PROBES].double()
+        else:
+            spread = torch.rand((_PROBES, *shown.shape[1:]), generator=generator, dtype=torch.float64)
+            low, high = op.ends(shown.shape[1:])
+            spread = low + spread * (high - low)
+            more = spread.round() if op.integers else spread
+        chosen[op.label] = torch.cat([shown, more])
+    return _with_targets(plan, chosen)
+
+
+def edges(plan: Plan) -> dict[str, Tensor]:
+    """Blank inputs, all low, all high and zero; and faint ones, around zero and around a value above the middle."""
+    generator = torch.Generator().manual_seed(1)
+    chosen = {}
+    for name, op in inputs_of(plan):
+        shape = plan.node(name).type.at(1).dims
+        low, high = op.ends(shape[1:])
+        zero, above = torch.zeros_like(low).clamp(low, high), low + 0.6 * (high - low)
+        rows = [value[None].clone() for value in (low, high, zero, zero, above)]
+        if op.integers:
+            rows[4].round_()
+        else:
+            for faint in rows[3:]:
+                deviation = min(_FAINT, (op.high - op.low) / 1024)
+                faint += deviation * torch.randn(shape, generator=generator, dtype=torch.float64)
+                faint.clamp_(op.low, op.high)
+        chosen[op.label] = torch.cat(rows)
+    return _with_targets(plan, chosen)
+
+
+def measured(plan: Plan, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if not given:
+        return {}
+    return _with_targets(plan, {op.label: check_input(plan.node(n), given[op.label]) for n, op in inputs_of(plan)})
+
+
+def _with_targets(plan: Plan, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The values, and zeros for the targets of a count."""
+    batch = len(next(iter(values.values())))
+    labels = [node.op.label for node in plan.find(Input) if isinstance(node.op, Input) and node.op.label not in values]
+    return {k: x.double() for k, x in values.items()} | {label: torch.zeros(batch).double() for label in labels}
