@@ -8,6 +8,7 @@ import torch
 
 from tacit.arguments import CONSTANTS, Arguments, Slot, bind
 from tacit.explain import STATE_SECOND
+from tacit.fit import FLOATS
 from tacit.graph import INTEGERS
 from tacit.ir.errors import CompileError, InputError
 from tacit.ir.ops.model import CountCorrect
@@ -20,6 +21,8 @@ Tensor = torch.Tensor
 
 def require_tensors(arguments: Arguments, what: str) -> None:
     """Dense tensors with one batch in front; raises CompileError naming the argument."""
+    if arguments.args and all(type(arg) in (bool, int, float) for arg in arguments.args):
+        raise CompileError(f"{what} holds numbers: make a tensor of them by torch.tensor(x), the batch first")
     for arg in arguments.args:
         if isinstance(arg, CONSTANTS):
             raise CompileError(
@@ -28,7 +31,7 @@ def require_tensors(arguments: Arguments, what: str) -> None:
             )
     sizes = set()
     for place, given in arguments.tensors():
-        reason = unreadable(given) or _misfit(comparable(plain_tensor(given)))
+        reason = unreadable(given) or _misfit(plain_tensor(given))
         if reason:
             raise CompileError(f"{what}: {place} {reason}")
         sizes.add(len(given))
@@ -48,7 +51,7 @@ def _misfit(x: Tensor) -> str:
         return f"has shape {tuple(x.shape)}, without a batch: add it, as in x[None], or x[:, None] to single numbers"
     if x.numel() == 0:
         return f"has shape {tuple(x.shape)}, and so no element"
-    if not whole and not x.is_floating_point():
+    if not whole and x.dtype not in FLOATS:
         return f"is {x.dtype}: convert it by x.float(), or by x.long() where it holds indices"
     return "" if bool(torch.isfinite(x).all()) else "holds NaN or infinity"
 

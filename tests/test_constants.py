@@ -223,7 +223,7 @@ def rounded(m: Model, x: Tensor) -> Tensor:
     ("forward", "told"),
     [
         (rows_of_the_batch, "acts along the batch"),
-        (scaled_where_negative, r"choose by torch.where\(mask, x, 0\)"),
+        (scaled_where_negative, r"as in torch.where\(mask, x, 0\)"),
         (several_where_negative, r"torch.where\(mask, values, x\)"),
         (rounded, "make what they are written to float"),
     ],

@@ -64,7 +64,7 @@ def signs(x: Tensor, beside: float) -> Model:
 
 def chosen_place(x: Tensor, beside: float) -> Model:
     """The index of the larger of two columns, as a number to compute with; in one row they are nearly alike."""
-    x[7, 0], x[7, 1], x[7, 2:] = 0.5, 0.5 + beside, 0.1
+    x[7, 0], x[7, 1], x[7, 2:] = 0.5, 0.5 - beside, 0.1
     return seeded(Model(lambda m, x: m.a(F.one_hot(x.argmax(1), 10).float()), a=nn.Linear(10, 3)))
 
 

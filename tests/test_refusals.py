@@ -151,7 +151,7 @@ REFUSED: dict[str, tuple[Maker, Any, str]] = {
         ROWS,
         "whole numbers.*torch.int64",
     ),
-    "floats as classes": (of(lambda m, x: F.one_hot(x, 3)), ROWS, "does not run on the example"),
+    "floats as classes": (of(lambda m, x: F.one_hot(x, 3)), ROWS, "compute them of integers alone"),
     "what raises by itself": (of(lambda m, x: m.fc(x) + m.nothing), ROWS, "does not run on the example"),
     "the sequence before the batch": (
         lambda: nn.LSTM(6, 4).eval(),

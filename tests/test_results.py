@@ -96,7 +96,7 @@ RESULTS: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
         "(Nx6:bool;N:int64;Nx6:float64;Nx6:int32)",
     ),
     "truth values": (lambda fc, x: x > 0.5, "Nx6:bool"),
-    "signs": (lambda fc, x: torch.sign(x - 0.5), "Nx6:float32"),
+    "signs": (lambda fc, x: torch.sign(x - 0.5), ""),
     "classes as floats": (lambda fc, x: fc(x).argmax(1).float(), "N:float32"),
     "classes": (lambda fc, x: fc(x).argmax(1), ""),
     "an input": (lambda fc, x: x, ""),
