@@ -24,6 +24,7 @@ from tacit.diff import text as diff_text
 from tacit.driver import compile as compile_model
 from tacit.ir.ops.roles import Input
 from tacit.secure import PLAN_FILE, WEIGHTS_FILE, Secure
+from tacit.vision import with_torchvision
 
 Tensor = torch.Tensor
 Model = torch.nn.Module | ExportedProgram
@@ -128,7 +129,7 @@ def _load_program(path: Path) -> ExportedProgram:
 def _guarded(what: str, action: Callable[[], Any]) -> Any:
     """The result of code that is not ours; whatever it raises becomes one line."""
     try:
-        return action()
+        return with_torchvision(action)
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
         raise Failure(f"{what} failed: {type(error).__name__}: {first}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -44,6 +45,11 @@ def test_all_examples_are_run_and_short() -> None:
     scripts = {path.name: len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")}
     assert scripts.keys() - OTHERS - {"custom_layer.py"} == SAYS.keys()  # that one has a test of its own
     assert not {name: lines for name, lines in scripts.items() if lines >= 80}
+
+
+def test_examples_take_torchvision_from_the_one_place_that_repairs_it() -> None:
+    plain = re.compile(r"^\s*(import|from) (torchvision|timm|transformers|peft)\b", re.MULTILINE)
+    assert not [path.name for path in EXAMPLES.glob("*.py") if plain.search(path.read_text())]
 
 
 def test_the_notebook_runs_cell_by_cell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
