@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from few_digits import few
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SAYS = {
@@ -34,6 +35,8 @@ def test_an_example_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [name])
+    if name not in LONG:
+        monkeypatch.setattr("data.load", few)
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     told = capsys.readouterr().out
     small = "MNIST is not at hand" in told  # there are fewer images then
@@ -57,6 +60,7 @@ def test_the_notebook_runs_cell_by_cell(monkeypatch: pytest.MonkeyPatch, capsys:
     notebook = json.loads((EXAMPLES / "story.ipynb").read_text())
     assert (notebook["nbformat"], notebook["metadata"]["kernelspec"]["name"]) == (4, "python3")
     assert not [cell for cell in notebook["cells"] if cell.get("outputs")]  # nothing stale is kept
+    monkeypatch.setattr("data.load", few)
     scope: dict[str, Any] = {}
     displayed = []
     for cell in notebook["cells"]:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from data import Digits, load
+from few_digits import few
 from net_harness import PARTIES, Place, Processes, close_to, compiled, images
 from training import trained
 
@@ -110,11 +111,6 @@ def test_ten_thousand_requests_from_eight_clients(tmp_path: Path) -> None:
 # --- real digits ---
 
 
-@pytest.fixture(scope="module")
-def digits() -> Digits:
-    return load()
-
-
 def classify(folder: Path, network: type[torch.nn.Module], digits: Digits, count: int) -> None:
     """Parties, owner and client as processes; classes as in the virtual run, bytes and rounds as in the plan."""
     secure = tacit.compile(
@@ -148,14 +144,14 @@ def classify(folder: Path, network: type[torch.nn.Module], digits: Digits, count
         place.close()
 
 
-def test_digits_through_processes(tmp_path: Path, digits: Digits) -> None:
-    classify(tmp_path, networks.MLP, digits, 400)
+def test_digits_through_processes(tmp_path: Path) -> None:
+    classify(tmp_path, networks.MLP, few(), 400)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("network", [networks.MLP, networks.LeNet], ids=["mlp", "lenet"])
-def test_all_digits_through_processes(tmp_path: Path, digits: Digits, network: type[torch.nn.Module]) -> None:
-    classify(tmp_path, network, digits, 10_000)
+def test_all_digits_through_processes(tmp_path: Path, network: type[torch.nn.Module]) -> None:
+    classify(tmp_path, network, load(), 10_000)
 
 
 # --- three hosts ---
