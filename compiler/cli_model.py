@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from tacit.cli_shared import Failure, read_array
 from tacit.ir.errors import shortened
+from tacit.vision import with_torchvision
 
 Tensor = torch.Tensor
 Model = torch.nn.Module | ExportedProgram
@@ -101,7 +102,7 @@ def _without_log() -> Iterator[None]:
 def _guarded(what: str, action: Callable[[], Any]) -> Any:
     """The result of code that is not ours; whatever it raises becomes one line, but for an interrupt."""
     try:
-        return action()
+        return with_torchvision(action)
     except KeyboardInterrupt:
         raise
     except SystemExit as error:

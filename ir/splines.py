@@ -32,11 +32,10 @@ MOST_DEGREE, _MOST_KNOTS = 3, 800
 # Results of the polynomial stay below 2^61, where a truncation still works.
 _RESULT_BITS = 60
 # Where errors are looked at, dense towards both ends: a quick look, and another for what passes it.
-_GRIDS = tuple(np.cos(np.linspace(np.pi, 0.0, count)) for count in (17, 513))
-# From values at Chebyshev's points to coefficients of powers, for each degree.
-_POWERS = tuple(
-    np.linalg.inv(np.polynomial.polynomial.polyvander(chebyshev.chebpts1(d + 1), d)) for d in range(MOST_DEGREE + 1)
-)
+_QUICK, _DENSE = (np.cos(np.linspace(np.pi, 0.0, count)) for count in (17, 513))
+# Chebyshev's points, and from values there to coefficients of powers, for each degree.
+_POINTS = tuple(chebyshev.chebpts1(d + 1) for d in range(MOST_DEGREE + 1))
+_POWERS = tuple(np.linalg.inv(np.polynomial.polynomial.polyvander(_POINTS[d], d)) for d in range(MOST_DEGREE + 1))
 _ROUNDING = 2.0**-48  # of a polynomial of degree 3, in float64
 _ELEMENTS = 1 << 20  # whose bounds are found at once
 _COMPARED = (4, 5, 6, 7, 8, 10, 12, 16, 24)  # bits that comparisons may look at
@@ -216,7 +215,7 @@ def _fit(
 ) -> Spline | None:
     """None where no degree reaches the error, which takes long to find out, too."""
     function = _on_integers(name, parameters, frac)
-    largest = float(np.abs(function(low + (high - low) * (_GRIDS[0] + 1) / 2)).max())
+    largest = float(np.abs(function(low + (high - low) * (_QUICK + 1) / 2)).max())
     if not math.isfinite(largest):
         raise CompileError(f"{name} is infinite somewhere in [{low / 2.0**frac:.4g}, {high / 2.0**frac:.4g}]")
     scale = min(_RESULT_BITS, _RESULT_BITS - math.ceil(math.log2(max(largest, 2.0**-16) * (1 + error))))
@@ -235,6 +234,11 @@ def _fit(
             if best is None or found.bytes_of_element(window) < best.bytes_of_element(window):
                 best = found
     return best
+
+
+def _within(values: Floats, least: float, most: float) -> Floats:
+    """np.clip costs as much again as all else that is done with so few values."""
+    return np.minimum(np.maximum(values, least), most)
 
 
 def _affordable(best: Spline, degree: int, window: int, compared: int) -> int:
@@ -313,20 +317,22 @@ class _Fitter:
             # Lower powers have room for longer segments: their coefficients are larger integers.
             if d > 1 and d * math.log2(max(half, 1.0)) > self.scale + 8:
                 continue
-            grids = [np.clip(np.round(centre + half * z), left, right) for z in _GRIDS]
-            nodes = np.clip(centre + half * chebyshev.chebpts1(d + 1), left, right)
+            nodes = _within(centre + half * _POINTS[d], left, right)
             fitted = _POWERS[d] @ self.function(nodes + origin)
-            if not self._accurate(fitted, (grids[0] - centre) / half, centre + origin, half):
+            quick = _within(np.rint(centre + half * _QUICK), left, right)
+            if not self._accurate(fitted, (quick - centre) / half, centre + origin, half):
                 return None
             row = self._integers(fitted, centre, half)
             rounded = np.array(row, dtype=np.float64) / 2.0**self.scale
-            if all(self._accurate(rounded, places, origin) for places in grids):
+            if self._accurate(rounded, quick, origin) and self._accurate(
+                rounded, _within(np.rint(centre + half * _DENSE), left, right), origin
+            ):
                 return (*row, *(0,) * (degree - len(row) + 1))
         return None
 
     def _accurate(self, row: Floats, places: Floats, origin: float, unit: float = 1.0) -> bool:
         """Of a polynomial in (X - origin) / unit, at some places of that."""
-        exact = self.function(np.clip(places * unit + origin, self.low, self.high))
+        exact = self.function(_within(places * unit + origin, self.low, self.high))
         size = np.abs(exact)
         allowed = self.error * (size if self.relative else np.maximum(size, 1.0))
         found = row[-1]

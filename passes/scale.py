@@ -14,7 +14,8 @@ from dataclasses import replace
 import torch
 
 from tacit.ir.errors import CompileError
-from tacit.ir.ops.model import Argmax, ModelOp
+from tacit.ir.ops.model import Argmax, AsReal, CountCorrect, ModelOp, NoOp
+from tacit.ir.ops.moves import Move
 from tacit.ir.plan import Node, Plan
 from tacit.passes.bound import bound_ranges
 from tacit.passes.draft import Draft, Values
@@ -168,9 +169,11 @@ def _gains(draft: Draft, values: Values) -> dict[str, float]:
 
 
 def _answering(draft: Draft) -> Draft:
-    """The draft up to the value whose accuracy counts: what the last argmax compares, or the result."""
-    argmaxes = draft.plan.find(Argmax)
-    return draft.with_(_ending_at(draft.plan, argmaxes[-1].args[0] if argmaxes else draft.plan.result))
+    """The draft up to the value whose accuracy counts: the result, or what is compared where that is an argmax."""
+    last = draft.plan.node(draft.plan.result)
+    while isinstance(last.op, (CountCorrect, AsReal, NoOp, Move)):
+        last = draft.plan.node(last.args[0])
+    return draft.with_(_ending_at(draft.plan, last.args[0] if isinstance(last.op, Argmax) else draft.plan.result))
 
 
 def _ending_at(plan: Plan, name: str) -> Plan:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -18,6 +15,7 @@ from typing import Any
 
 import net_recorder
 import torch
+from forked import Forked
 from torch import nn
 
 import tacit
@@ -29,7 +27,6 @@ from tacit.runtime.net.deployment import Deployment, Limits, StoreSettings, load
 from tacit.runtime.net.server import PartyServer
 
 PARTIES = ("P0", "P1", "P2")
-PROGRAM = "import sys; from tacit.cli import main; sys.argv[0] = 'tacit'; main()"
 
 
 def free_ports(count: int) -> list[int]:
@@ -183,29 +180,26 @@ class Processes(Place):
 
     def __init__(self, folder: Path, **options: Any) -> None:
         super().__init__(folder, **options)
-        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.running: dict[str, Forked] = {}
         for role in PARTIES:
             self.start(role)
 
     def start(self, role: str, wrapper: str = "") -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-        with (self.folder / f"{role}.log").open("ab") as log:
-            self.running[role] = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    (net_recorder.WRAPPER if self.recorded else "") + wrapper + "\n" + PROGRAM,
-                    "party",
-                    role,
-                    "--deployment",
-                    str(self.file),
-                    "--identity",
-                    str(self.folder / role),
-                ],
-                env=environment,
-                stderr=log,
-                stdout=log,
-            )
+        self.running[role] = Forked(
+            ["party", role, *self.options(role)],
+            self.folder / f"{role}.log",
+            wrapper=(net_recorder.WRAPPER if self.recorded else "") + wrapper,
+        )
+
+    def options(self, who: str) -> list[object]:
+        return ["--deployment", self.file, "--identity", self.folder / who]
+
+    def command(self, who: str, *arguments: object) -> bytes:
+        """What a command of the owner or a client writes, as a process of its own that has to succeed."""
+        said = self.folder / "command.log"
+        said.unlink(missing_ok=True)
+        assert Forked([*arguments, *self.options(who)], said).wait(120) == 0, said.read_text()
+        return said.read_bytes()
 
     def kill(self, role: str) -> None:
         process = self.running.pop(role)

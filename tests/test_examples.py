@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from few_digits import few
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SAYS = {
@@ -33,6 +35,8 @@ def test_an_example_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [name])
+    if name not in LONG:
+        monkeypatch.setattr("data.load", few)
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     told = capsys.readouterr().out
     small = "MNIST is not at hand" in told  # there are fewer images then
@@ -46,11 +50,17 @@ def test_all_examples_are_run_and_short() -> None:
     assert not {name: lines for name, lines in scripts.items() if lines >= 80}
 
 
+def test_examples_take_torchvision_from_the_one_place_that_repairs_it() -> None:
+    plain = re.compile(r"^\s*(import|from) (torchvision|timm|transformers|peft)\b", re.MULTILINE)
+    assert not [path.name for path in EXAMPLES.glob("*.py") if plain.search(path.read_text())]
+
+
 def test_the_notebook_runs_cell_by_cell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """As a kernel does: statements run, and the value of a last expression is displayed."""
     notebook = json.loads((EXAMPLES / "story.ipynb").read_text())
     assert (notebook["nbformat"], notebook["metadata"]["kernelspec"]["name"]) == (4, "python3")
     assert not [cell for cell in notebook["cells"] if cell.get("outputs")]  # nothing stale is kept
+    monkeypatch.setattr("data.load", few)
     scope: dict[str, Any] = {}
     displayed = []
     for cell in notebook["cells"]:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from net_harness import PROGRAM, Processes, Trio, close_to, compiled, images
+from forked import Forked
+from net_harness import Processes, Trio, close_to, compiled, images
 from net_proxy import Proxy, in_front_of, through
 
 import tacit
@@ -216,13 +214,8 @@ def _kill_command(place: Processes, who: str, generator: random.Random) -> None:
     what = ["client", "predict", str(place.folder / "x.npy")]
     if who == "owner":
         what = ["owner", "push", str(place.folder / "model")]
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *what, "--deployment", str(place.file), "--identity", str(place.folder / who)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    time.sleep(2.0 + generator.random())
+    process = Forked([*what, *place.options(who)], place.folder / "command.log")
+    time.sleep(generator.random())
     process.kill()
     process.wait()
 

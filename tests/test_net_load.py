@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 from data import Digits, load
-from net_harness import PARTIES, PROGRAM, Place, Processes, close_to, compiled, images
+from few_digits import few
+from net_harness import PARTIES, Place, Processes, close_to, compiled, images
 from training import trained
 
 import tacit
@@ -111,11 +111,6 @@ def test_ten_thousand_requests_from_eight_clients(tmp_path: Path) -> None:
 # --- real digits ---
 
 
-@pytest.fixture(scope="module")
-def digits() -> Digits:
-    return load()
-
-
 def classify(folder: Path, network: type[torch.nn.Module], digits: Digits, count: int) -> None:
     """Parties, owner and client as processes; classes as in the virtual run, bytes and rounds as in the plan."""
     secure = tacit.compile(
@@ -127,20 +122,8 @@ def classify(folder: Path, network: type[torch.nn.Module], digits: Digits, count
     place = Processes(folder, store=StoreSettings(low_water=0, target=0))
     try:
         place.wait_listening()
-        for who, *what in (
-            ("owner", "owner", "push", folder / "model"),
-            ("client", "client", "predict", folder / "x.npy", "-o", folder / "y.npy"),
-        ):
-            subprocess.run(
-                [
-                    *(sys.executable, "-c", PROGRAM, *map(str, what)),
-                    *("--deployment", str(place.file), "--identity", str(folder / who)),
-                ],
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-                stdout=subprocess.DEVNULL,
-                timeout=120,
-                check=True,
-            )
+        place.command("owner", "owner", "push", folder / "model")
+        place.command("client", "client", "predict", folder / "x.npy", "-o", folder / "y.npy")
         classes = torch.from_numpy(np.load(folder / "y.npy"))
         assert torch.equal(classes, secure(x[:200]))
         time.sleep(0.3)
@@ -161,17 +144,26 @@ def classify(folder: Path, network: type[torch.nn.Module], digits: Digits, count
         place.close()
 
 
-def test_digits_through_processes(tmp_path: Path, digits: Digits) -> None:
-    classify(tmp_path, networks.MLP, digits, 400)
+def test_digits_through_processes(tmp_path: Path) -> None:
+    classify(tmp_path, networks.MLP, few(), 400)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("network", [networks.MLP, networks.LeNet], ids=["mlp", "lenet"])
-def test_all_digits_through_processes(tmp_path: Path, digits: Digits, network: type[torch.nn.Module]) -> None:
-    classify(tmp_path, network, digits, 10_000)
+def test_all_digits_through_processes(tmp_path: Path, network: type[torch.nn.Module]) -> None:
+    classify(tmp_path, network, load(), 10_000)
 
 
 # --- three hosts ---
+
+
+# A process without threads moves into a network namespace.
+IN_NAMESPACE = """
+import ctypes, os
+place = os.open("{}", os.O_RDONLY)
+assert ctypes.CDLL(None, use_errno=True).setns(place, 0x40000000) == 0, os.strerror(ctypes.get_errno())
+os.close(place)
+"""
 
 
 def ip(*args: str) -> None:
@@ -212,20 +204,12 @@ def hosts() -> Iterator[list[tuple[str, str]]]:
 def test_three_hosts(hosts: list[tuple[str, str]], tmp_path: Path) -> None:
     compiled(tmp_path)
     place = Processes.__new__(Processes)
-    place.folder, place.file, place.running = tmp_path, tmp_path / "deployment.toml", {}
+    place.folder, place.file, place.running, place.recorded = tmp_path, tmp_path / "deployment.toml", {}, False
     init_deployment(tmp_path, [(address, 7600) for _, address in hosts])
     place.deployment = load_deployment(place.file)
     try:
         for role, (namespace, _) in zip(PARTIES, hosts, strict=True):
-            place.running[role] = subprocess.Popen(
-                [
-                    *("ip", "netns", "exec", namespace, sys.executable, "-c", PROGRAM, "party", role),
-                    *("--deployment", str(place.file), "--identity", str(tmp_path / role)),
-                ],
-                env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-                stderr=(log := (tmp_path / f"{role}.log").open("ab")),
-            )
-            log.close()
+            place.start(role, IN_NAMESPACE.format(f"/run/netns/{namespace}"))
         place.wait_listening()
         Place.push(place)
         with place.connect() as remote:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from net_harness import PARTIES, PROGRAM, Place, Processes, Trio, close_to, compiled, images, small_model
+from net_harness import PARTIES, Place, Processes, Trio, close_to, compiled, images, small_model
 from net_proxy import Proxy, in_front_of, through
 from scipy.stats import chi2_contingency
 
@@ -68,22 +65,8 @@ def captured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, bytes, di
         for role in PARTIES:
             place.start(role)
         place.wait_listening()
-        said = b""
-        for who, *what in (
-            ("owner", "owner", "push", folder / "model"),
-            ("client", "client", "predict", folder / "x.npy", "-o", folder / "y.npy"),
-        ):
-            done = subprocess.run(
-                [
-                    *(sys.executable, "-c", PROGRAM, *map(str, what)),
-                    *("--deployment", str(place.file), "--identity", str(folder / who)),
-                ],
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-                capture_output=True,
-                timeout=60,
-                check=True,
-            )
-            said += done.stdout + done.stderr
+        said = place.command("owner", "owner", "push", folder / "model")
+        said += place.command("client", "client", "predict", folder / "x.npy", "-o", folder / "y.npy")
     finally:
         place.close()
         for proxy in proxies:

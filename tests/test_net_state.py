@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from net_harness import PROGRAM, free_ports, written
+from forked import Forked
+from net_harness import free_ports, written
 
 from tacit.ir.cost import P1, P2
 from tacit.ir.errors import DeploymentError, ProtocolError, TacitError
@@ -286,10 +285,6 @@ class Asked:
 server.PartyServer = Asked
 """
     options = ["--deployment", tmp_path / "deployment/deployment.toml", "--identity", tmp_path / "deployment/P1"]
-    done = subprocess.run(
-        [sys.executable, "-c", asked + PROGRAM, "party", "P1", *map(str, options)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout == "0 (0, 0)\n", done.stderr
+    party = Forked(["party", "P1", *options], tmp_path / "out", tmp_path / "err", asked)
+    party.wait(60)
+    assert (tmp_path / "out").read_text() == "0 (0, 0)\n", (tmp_path / "err").read_text()

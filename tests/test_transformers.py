@@ -135,7 +135,6 @@ class Bert(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        import_torchvision()  # before transformers does
         import transformers
 
         sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}

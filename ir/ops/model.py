@@ -175,7 +175,7 @@ class Argmax(ModelOp):
         return graph.emit(moves.Reshape(shape, graph.batches(line)), each)
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
-        return args[0].argmax(1)
+        return args[0].argmax(1).to(args[0].dtype)
 
     def margin(self, *args: Tensor) -> Tensor:
         best = args[0].topk(min(2, args[0].shape[1]), 1).values
