@@ -144,6 +144,13 @@ def _in_order(signature: inspect.Signature, args: tuple[Any, ...], named: dict[s
     return Arguments(tuple(moved), {name: named[name] for name in signature.parameters if name in named})
 
 
+def in_order(slots: Sequence[Slot], given: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Tensors without names in the order of a plan's inputs, as the arguments of a call."""
+    if len(given) == len(slots) and any(slot.by_name for slot in slots):
+        return ({slot.label: x for slot, x in zip(slots, given, strict=True)},)
+    return tuple(given)
+
+
 def bind(slots: Sequence[Slot], args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Which tensor is which input, by label, in the order of the slots; raises InputError.
 

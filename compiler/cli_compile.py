@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from tacit.cli_model import advice_of_indices, examples_of, load_model, parse_example
+from tacit.cli_model import advice_of_indices, as_arguments, examples_of, load_model, parse_example
 from tacit.cli_shared import AsJson, Failure, clear_errors, read_array, totals, totals_text
 from tacit.diff import TOLERANCE
 from tacit.diff import diff as compare_layers
@@ -81,10 +81,10 @@ def compile_command(
         try:
             secure = compile_model(
                 loaded,
-                measured or examples,
+                as_arguments(loaded, measured or examples),
                 reveal=reveal,
                 protocol=protocol,
-                calibration=measured or None,
+                calibration=as_arguments(loaded, measured) or None,
                 input_range=input_range,
                 frac_bits=frac_bits,
                 max_error=max_error,

@@ -21,6 +21,7 @@ import typer
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
+from tacit.arguments import in_order, slots_of_program
 from tacit.cli_shared import Failure, read_array
 from tacit.ir.errors import shortened
 from tacit.vision import with_torchvision
@@ -173,6 +174,11 @@ def examples_of(model: Model, given: Sequence[Example], span: tuple[float, float
         return uniform.mul_(high - low).add_(low).to(dtype)
 
     return tuple(read_array(one) if isinstance(one, Path) else made(one) for one in given)
+
+
+def as_arguments(model: Model, given: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Inputs in the order in which the program, or forward, takes them."""
+    return in_order(slots_of_program(model), given) if isinstance(model, ExportedProgram) else tuple(given)
 
 
 def _carried(model: Model) -> tuple[Any, ...]:

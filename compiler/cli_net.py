@@ -146,6 +146,7 @@ def predict_command(
     as_json: AsJson = False,
 ) -> None:
     """Send shares of an input, and put the shares of the answer together."""
+    from tacit.arguments import in_order, slots_of
     from tacit.remote import connect
     from tacit.saved import read_plan
 
@@ -155,7 +156,7 @@ def predict_command(
         pinned = None if plan is None else read_plan(plan)
         arrays = [read_array(path) for path in inputs]
         with connect(deployment, identity, plan=pinned) as remote, waiting("encrypted inference"):
-            answer = remote.predict(*arrays, timeout=timeout)
+            answer = remote.predict(*in_order(slots_of(remote.plan), arrays), timeout=timeout)
             measured = remote.last_run
         if output is not None:
             save_answer(output, answer)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from tacit.arguments import in_order, slots_of
 from tacit.cli_shared import (
     AsJson,
     Failure,
@@ -61,12 +62,13 @@ def run(
             require_place(place)
         secure = load(folder)
         arrays = [read_array(path) for path in [*inputs, *([targets] if targets else [])]]
+        arguments = in_order(slots_of(secure.plan), arrays)
         if batch is not None:
             answer, runs = _in_batches(secure, arrays, batch)
         elif trace is not None:
-            answer, runs = secure.trace(*arrays, trace), [secure.last_run]
+            answer, runs = secure.trace(*arguments, trace), [secure.last_run]
         else:
-            answer, runs = secure.check(*arrays) if check else secure(*arrays), [secure.last_run]
+            answer, runs = secure.check(*arguments) if check else secure(*arguments), [secure.last_run]
         if output is not None:
             save_answer(output, answer)
     _print_run(secure, answer, [run for run in runs if run is not None], output, check, as_json)
@@ -74,9 +76,11 @@ def run(
 
 def _in_batches(secure: Secure, arrays: Sequence[torch.Tensor], size: int) -> tuple[Any, list[Run | None]]:
     """All answers as one, and what every batch measured; inputs that do not fit are refused before the first."""
-    check_inputs(secure.plan, tuple(arrays))
+    slots = slots_of(secure.plan)
+    check_inputs(secure.plan, in_order(slots, arrays))
     answers, runs = [], []
-    for answer in secure.stream(list(zip(*(torch.split(x, size) for x in arrays), strict=True))):
+    batches = zip(*(torch.split(x, size) for x in arrays), strict=True)
+    for answer in secure.stream([in_order(slots, batch) for batch in batches]):
         answers.append(answer)
         runs.append(secure.last_run)
     join = sum if secure.plan.reveal == "correct" else torch.cat

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from tacit.arguments import CONSTANTS
 from tacit.driver import Model, prepare
 from tacit.ir.errors import InputError
 from tacit.ir.given import number_of, shown
@@ -79,7 +80,8 @@ def _diff(model: Model, inputs: tuple[Any, ...], tolerance: float, options: Mapp
     for _, found in stages(draft):
         float_plan = found if found.plan.level is Level.MODEL else float_plan
         final = found
-    checked = check_inputs(final.plan, inputs)
+    named = {name: x for name, x in (options.get("kwargs") or {}).items() if not isinstance(x, CONSTANTS)}
+    checked = check_inputs(final.plan, inputs, named)
     exact = interpret(float_plan.plan, float_plan.weights, checked)
     fixed = interpret(final.plan, final.weights, checked)
     became = _became(final.plan)

@@ -92,7 +92,7 @@ def compile(
         draft = run_pipeline(draft, kept.plan)
     log.info("compiled %s: %d lines, %.2f s", draft.plan.name, len(draft.plan.nodes), time.perf_counter() - begin)
     for told in draft.doubts:
-        warnings.warn(told, PrecisionWarning, stacklevel=2)
+        warnings.warn(told, PrecisionWarning, stacklevel=3)  # the caller of compile
     return Secure(draft.plan, draft.weights, answer=draft.answer)
 
 

@@ -53,7 +53,7 @@ def require_faithful(model: torch.nn.Module, program: ExportedProgram, arguments
             raise CompileError(_CHANGING)
         distance = _distance(again, run(_graph_of(program)))
     if distance > _CLOSE:
-        warnings.warn(_OTHERWISE.format(distance), stacklevel=5)
+        warnings.warn(_OTHERWISE.format(distance), stacklevel=6)
 
 
 def _graph_of(program: ExportedProgram) -> Callable[..., Any]:

@@ -127,8 +127,14 @@ def test_exported_programs(place: Path, tmp_path: Path, name: str) -> None:
             succeeds("compile", target, *example, "-o", tmp_path / "o")
     secure = tacit.load(tmp_path / "o")
     typed = [value.double() if name == "double" else value for value in x]
-    wanted = program.module()(typed[0], by=typed[1]) if name == "scaled" else program.module()(*typed)
-    assert (secure.check(*typed) - wanted).abs().max() < 2**-7
+    files = [tmp_path / f"{i}.npy" for i in range(len(typed))]
+    for file, value in zip(files, typed, strict=True):
+        np.save(file, value.numpy())
+    for options in (["--check"], ["--batch", "1"], ["--trace", tmp_path / "t.json"]):
+        succeeds("run", tmp_path / "o", *files, *options)
+    named = {"by": typed.pop()} if name == "scaled" else {}
+    wanted = program.module()(*typed, **named)
+    assert (secure.check(*typed, **named) - wanted).abs().max() < 2**-7
 
 
 def test_an_exported_program_that_does_not_fit(place: Path, tmp_path: Path) -> None:

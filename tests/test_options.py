@@ -206,6 +206,16 @@ def test_odd_batches_networks_and_texts_are_refused(secure: tacit.Secure) -> Non
         tacit.diff(MODEL, X, banana=1)
 
 
+class Scaled(nn.Module):
+    def forward(self, x: Tensor, by: Tensor, power: int = 1) -> Tensor:
+        return x * by**power
+
+
+def test_a_diff_takes_arguments_by_name() -> None:
+    found = tacit.diff(Scaled().eval(), X, kwargs={"by": torch.rand(len(X), 1), "power": 2})
+    assert found.layers[-1].largest_error < 2**-8
+
+
 def test_messages_quote_no_elements(secure: tacit.Secure) -> None:
     value = torch.full((2, 3), 7.123456)
     for call in (secure.save, secure.session, lambda v: compiled(input_range=v), lambda v: compiled(name=v)):

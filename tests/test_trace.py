@@ -119,7 +119,7 @@ def test_a_trace_of_an_emulated_network_shows_its_waits(tmp_path: Path) -> None:
 
 
 def test_a_trace_needs_a_file_and_inputs_that_fit(lenet: tacit.Secure, tmp_path: Path) -> None:
-    with pytest.raises(tacit.InputError, match="name of the file"):
+    with pytest.raises(tacit.InputError, match="the file to write"):
         lenet.trace(torch.rand(1, 1, 28, 28))
     with pytest.raises(tacit.InputError):
         lenet.trace(torch.rand(1, 1, 28, 27), tmp_path / "t.json")
