@@ -10,7 +10,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from functools import wraps
 from typing import ParamSpec, TextIO, TypeVar
 
@@ -62,15 +62,17 @@ def tell(text: str) -> None:
 def quiet() -> Iterator[None]:
     """What PyTorch warns of and logs while it traces is nothing that a user of the compiler can act on.
 
-    Where TORCH_LOGS asks PyTorch for its logs, they are left alone.
+    Where TORCH_LOGS asks PyTorch for its logs, they are left alone. It asks whether stdout is a terminal, which a closed
+    file does not answer: nobody reads that one in any case.
     """
+    closed = getattr(sys.stdout, "closed", False)
     asked = "TORCH_LOGS" in os.environ
     loggers = [] if asked else [logger for logger in _torch_loggers() if logger.handlers]
     before = [(logger, logger.handlers) for logger in loggers]
     for logger in loggers:
         logger.handlers = [_Ours()]
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(None) if closed else nullcontext():
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -106,8 +108,9 @@ def hushed() -> Iterator[None]:
         raise
     finally:
         sys.stderr = held.below
-        if held.below is not None:
-            held.below.write(held.text)
+        if held.text and held.below is not None:
+            with suppress(OSError, ValueError):  # a terminal that is gone, a closed file
+                held.below.write(held.text)
 
 
 def _torch_loggers() -> Iterator[logging.Logger]:
