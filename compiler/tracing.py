@@ -62,8 +62,8 @@ def tell(text: str) -> None:
 def quiet() -> Iterator[None]:
     """What PyTorch warns of and logs while it traces is nothing that a user of the compiler can act on.
 
-    Where TORCH_LOGS asks PyTorch for its logs, they are left alone. It asks whether stdout is a terminal, which a closed
-    file does not answer: nobody reads that one in any case.
+    Where TORCH_LOGS asks PyTorch for its logs, they are left alone. It asks whether stdout is a terminal, which a
+    closed file does not answer: nobody reads that one in any case.
     """
     closed = getattr(sys.stdout, "closed", False)
     asked = "TORCH_LOGS" in os.environ

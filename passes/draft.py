@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -40,6 +41,7 @@ class Draft:
     edges: Values = field(default_factory=dict)  # as `probes`: blank and faint inputs
     doubts: tuple[str, ...] = ()  # of what the caller has to be warned
     faithful: bool = False  # whether the edges are to be tried out bit for bit, with truncations as they are dealt
+    close: tuple[int, ...] = ()  # the probes that are to be tried out with many draws of the truncations
 
     def with_(self, plan: Plan, weights: Values | None = None, frac_bits: int | None = None) -> Draft:
         return replace(
@@ -50,14 +52,22 @@ class Draft:
         )
 
     def estimate(
-        self, inputs: Values, visit: Callable[[Node, Tensor], None] | None = None, *, faithful: bool = False
+        self,
+        inputs: Values,
+        visit: Callable[[Node, Tensor], None] | None = None,
+        *,
+        faithful: bool = False,
+        seed: int | None = None,
     ) -> Tensor:
         """The result of the plan as it stands, in float32 where that is faster; `visit` is shown every value.
 
         faithful: in float64 or ring integers instead, and truncations round up or down by chance, as they do among the
         parties. Rounding to the nearest makes equal elements equal again, which hides what a norm of them does.
+        seed: of that chance; without it, they round to the nearest, unless the estimate is faithful.
         """
-        how = {"chance": torch.Generator().manual_seed(0)} if faithful else {"estimate": True}
+        how: dict[str, Any] = {} if faithful else {"estimate": True}
+        if faithful or seed is not None:
+            how["chance"] = torch.Generator().manual_seed(seed or 0)
         found = self.interpret(self.plan, self.weights, inputs, visit=visit or _look_away, **how)
         return found[self.plan.result]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from tacit.ir.ops.model import ModelOp
 from tacit.ir.plan import Node
 from tacit.passes.draft import Draft, Values
-from tacit.passes.quantise import expand_to_fixed_point
+from tacit.passes.trial import DRAWS, in_fixed_point
 
 Tensor = torch.Tensor
 # A result that is off by this part of its largest value may have jumped; and an error grown so many times is noted.
@@ -47,17 +48,30 @@ class _Grown:
         return isinstance(op, ModelOp) and op.amplifies() and self.factor > _AMPLIFIED
 
 
-def doubt(draft: Draft, row: Values, missed: int, tried: int) -> str:
+def doubt(draft: Draft, row: Values, missed: int, tried: int, *, approximated: bool) -> str:
     """What names the layer of the draft, which has its scale, at which the error of this probe grows most."""
-    return _told(_culprit(draft, row), draft, missed, tried)
+    return _told(_culprit(draft, row, approximated), draft, missed, tried)
 
 
-def _culprit(draft: Draft, row: Values) -> _Grown:
-    """The first layer that jumped; else the one whose result is off by the largest multiple of what its operands are,
-    one that divides by data before others."""
+def _culprit(draft: Draft, row: Values, approximated: bool) -> _Grown:
+    """The first layer that jumped, in some draw of the truncations; else the one whose result is off by the largest
+    multiple of what its operands are, one that divides by data before others."""
     real: dict[str, Tensor] = {}
     draft.estimate(row, lambda node, value: real.update({node.name: value.double()}), faithful=True)
-    fixed = expand_to_fixed_point(draft)
+    fixed = in_fixed_point(draft, approximated)
+    jumps = any(isinstance(node.op, ModelOp) and node.op.jumps() for node in draft.plan.nodes)
+    grown = []
+    for seed in range(DRAWS if jumps else 1):
+        grown = _grown(draft, real, _errors(draft, real, fixed, row, seed))
+        for one in grown:
+            if one.jumped:
+                return one
+    amplified = [one for one in grown if one.amplified]
+    return max(amplified or grown, key=lambda one: one.factor)
+
+
+def _errors(draft: Draft, real: Values, fixed: Draft, row: Values, seed: int) -> dict[str, float]:
+    """By how much the result of each layer is off in fixed point."""
     errors: dict[str, float] = {}
 
     def visit(node: Node, value: Tensor) -> None:
@@ -67,13 +81,17 @@ def _culprit(draft: Draft, row: Values) -> _Grown:
         found = value.reshape(-1) / 2.0**node.type.frac
         errors[layer.name] = float((found - real[layer.name].reshape(-1)).abs().nan_to_num().max())
 
-    fixed.estimate(row, visit, faithful=True)
+    fixed.estimate(row, visit, faithful=True, seed=seed)
+    return errors
+
+
+def _grown(draft: Draft, real: Values, errors: Mapping[str, float]) -> list[_Grown]:
     unit = 2.0 ** -(draft.frac_bits or 0)
 
     def relative(name: str) -> float:
         return errors.get(name, 0.0) / max(float(real[name].abs().nan_to_num().max()), 2.0**-20)
 
-    grown = [
+    return [
         _Grown(
             node,
             max(*(relative(arg) for arg in node.args), unit),
@@ -84,11 +102,6 @@ def _culprit(draft: Draft, row: Values) -> _Grown:
         for node in draft.plan.nodes
         if node.args and isinstance(node.op, ModelOp) and node.name in errors
     ]
-    jumped = [one for one in grown if one.jumped]
-    if jumped:
-        return jumped[0]
-    amplified = [one for one in grown if one.amplified]
-    return max(amplified or grown, key=lambda one: one.factor)
 
 
 def _told(found: _Grown, draft: Draft, missed: int, tried: int) -> str:
@@ -105,8 +118,8 @@ def _told(found: _Grown, draft: Draft, missed: int, tried: int) -> str:
             "middle between two values of the data, as trees are trained with, or data on a grid that keeps away from "
             "them"
         )
-    if op.amplifies():
-        gain = float(op.gain(*found.operands).nan_to_num(0.0, posinf=0.0).max())
+    gain = float(op.gain(*found.operands).nan_to_num(0.0, posinf=0.0).max()) if op.amplifies() else 0.0
+    if gain > _AMPLIFIED:
         return head + (
             f"It divides by what its input holds, and multiplies what differs in a blank or faint one by {gain:.3g}, "
             f"the rounding to {bits} fractional bits too, as it does that of float32. What helps: a larger eps (of a "

@@ -15,7 +15,7 @@ from tacit.passes.bound import bound_ranges
 from tacit.passes.draft import Draft
 from tacit.passes.lower import lower_to_protocol
 from tacit.passes.quantise import EXTRA_WEIGHT_BITS, expand_to_fixed_point, fuse_truncation_into_relu
-from tacit.passes.scale import misses
+from tacit.passes.trial import misses
 
 # The suite whose protocols work in both rings.
 _SUITE = "fused"

@@ -1,0 +1,179 @@
+"""Scales as they are tried out: how far the answers of a fixed-point network are from the float model's."""
+
+from __future__ import annotations
+
+import torch
+
+from tacit.ir.errors import CompileError
+from tacit.ir.ops.model import Argmax, AsReal, CountCorrect, ModelOp, NoOp
+from tacit.ir.ops.moves import Move
+from tacit.ir.ops.spline import FixedFunction
+from tacit.ir.plan import Node, Plan
+from tacit.passes.bound import bound_ranges
+from tacit.passes.draft import Draft, Values
+from tacit.passes.quantise import expand_to_fixed_point, fuse_truncation_into_relu
+
+Tensor = torch.Tensor
+# Logits are to be within 2^-8 of the float model's; where the largest is below 1, within 2^-8 of it, and where it is
+# above 32, within 2^-13 of it. Other inputs than the probes will come, so the error seen on them is held to a quarter.
+TOLERANCE, PROMISED = 2.0**-10, 4.0
+_LEAST_LOGIT = 2.0**-8
+# Rows near a step are tried with so many draws of the truncations, as far as that many batches are affordable.
+_CLOSE_ROWS, DRAWS, _BATCHES = 16, 16, 4
+# How many times as much a blank input has to be amplified for it to be looked at bit by bit.
+_SENSITIVE = 4.0
+
+
+def misses(draft: Draft, *, approximated: bool = False) -> Tensor:
+    """For a draft of the model level with its scale: each probe's error, in units of what is wanted; edges last.
+
+    approximated: with the polynomials that stand for functions, where ranges can be found for them.
+    """
+    real = answering(draft)
+    fixed = in_fixed_point(real, approximated)
+    unit = 2.0 ** -fixed.plan.node(fixed.plan.result).type.frac
+    errors, sizes = [], []
+    for values, faithful in ((draft.probes, False), (draft.edges, draft.faithful)):
+        for some in draft.chunks(values):
+            exact = _by_row(real.estimate(some, faithful=faithful), some)
+            found = _by_row(fixed.estimate(some, faithful=faithful, seed=0 if draft.close else None), some) * unit
+            errors.append(_difference(found, exact))
+            sizes.append(torch.where(exact.isfinite(), exact.abs(), 0.0).amax(1))
+    error, size = torch.cat(errors), torch.cat(sizes)
+    if draft.close:
+        _draw_again(draft, real, fixed, error)
+    largest = float(size[: count(draft.probes)].max())
+    wanted = min(1.0, max(largest, _LEAST_LOGIT)) if largest < 32 else largest / 32
+    return error / (TOLERANCE * (size / 32).clamp(min=wanted))
+
+
+def _draw_again(draft: Draft, real: Draft, fixed: Draft, error: Tensor) -> None:
+    """Replaces the errors of rows near a step by their largest under many draws of the truncations."""
+    draws = max(2, min(DRAWS, _BATCHES * draft.affordable // len(draft.close)))
+    unit = 2.0 ** -fixed.plan.node(fixed.plan.result).type.frac
+    rows = torch.tensor(draft.close)
+    for one in draft.chunks({"row": rows, **chosen(draft.probes, rows)}):
+        places, some = one["row"], {label: x for label, x in one.items() if label != "row"}
+        exact = _by_row(real.estimate(some), some)
+        for seed in range(1, draws):
+            found = _by_row(fixed.estimate(some, seed=seed), some) * unit
+            error[places] = torch.maximum(error[places], _difference(found, exact))
+
+
+def in_fixed_point(draft: Draft, approximated: bool) -> Draft:
+    """The draft in fixed point; with the polynomials that stand for functions, where they are asked for and fit."""
+    fixed = expand_to_fixed_point(draft)
+    if approximated and fixed.plan.find(FixedFunction) and fits(draft):
+        return bound_ranges(fixed)
+    return fixed
+
+
+def fits(draft: Draft) -> bool:
+    """Whether ranges can be found for all values: more bits are of no use in a network that then is refused."""
+    try:
+        bound_ranges(fuse_truncation_into_relu(expand_to_fixed_point(draft)))
+    except CompileError:
+        return False
+    return True
+
+
+def _difference(found: Tensor, exact: Tensor) -> Tensor:
+    """The largest of each row. A function may be undefined at a probe; range analysis names it."""
+    return torch.where(exact.isfinite(), (found - exact).abs(), 0.0).amax(1)
+
+
+def unsure(draft: Draft) -> Tensor:
+    """The edges of which PyTorch itself does not know the answer: it differs between float32 and float64.
+
+    No scale brings these closer to the float model, whose own rounding is amplified there.
+    """
+    rows = count(draft.edges)
+    if not draft.faithful:
+        return torch.zeros(rows, dtype=torch.bool)
+    real, found = answering(draft), []
+    for some in draft.chunks(draft.edges):
+        single, double = (_by_row(real.estimate(some, faithful=faithful), some) for faithful in (False, True))
+        size = torch.where(double.isfinite(), double.abs(), 0.0).amax(1)
+        error = torch.where(double.isfinite(), (single - double).abs(), 0.0).amax(1)
+        found.append(error > PROMISED * TOLERANCE * size.clamp(1.0))
+    return torch.cat(found)
+
+
+def edges_are_amplified(draft: Draft) -> bool:
+    """Whether some layer divides by data of which there is far less in a blank or faint input than in the others."""
+    usual, blank = (_gains(draft, values) for values in (draft.probes, draft.edges))
+    return any(blank[name] > _SENSITIVE * usual[name] for name in blank)
+
+
+def _gains(draft: Draft, values: Values) -> dict[str, float]:
+    """For each layer that divides by data: the largest factor that it has on these inputs."""
+    real = answering(draft)
+    layers = [node for node in real.plan.nodes if isinstance(node.op, ModelOp) and node.op.amplifies()]
+    users: dict[str, list[Node]] = {}
+    for node in layers:
+        users.setdefault(node.args[-1], []).append(node)
+    found: dict[str, float] = {}
+    kept: dict[str, Tensor] = {}
+
+    def visit(node: Node, value: Tensor) -> None:
+        if node.name in users:
+            kept[node.name] = value
+        for layer in users.get(node.name, ()):
+            assert isinstance(layer.op, ModelOp)
+            gain = layer.op.gain(*(kept.get(arg, value) for arg in layer.args)).nan_to_num(0.0, posinf=0.0)
+            found[layer.name] = max(found.get(layer.name, 0.0), float(gain.max()))
+
+    if layers:
+        for some in draft.chunks(values):
+            kept.clear()
+            real.estimate(some, visit)
+    return found
+
+
+def answering(draft: Draft) -> Draft:
+    """The draft up to the value whose accuracy counts: the result, or what is compared where that is an argmax."""
+    last = draft.plan.node(draft.plan.result)
+    while isinstance(last.op, (CountCorrect, AsReal, NoOp, Move)):
+        last = draft.plan.node(last.args[0])
+    return draft.with_(_ending_at(draft.plan, last.args[0] if isinstance(last.op, Argmax) else draft.plan.result))
+
+
+def close_rows(draft: Draft) -> tuple[int, ...]:
+    """The probes with a value nearest to where a layer jumps, but not on it, relative to the values there."""
+    real, found = answering(draft), []
+    layers = [node for node in real.plan.nodes if isinstance(node.op, ModelOp) and node.op.jumps()]
+    wanted = {arg for node in layers for arg in node.args}
+    for some in draft.chunks(draft.probes):
+        kept: dict[str, Tensor] = {}
+
+        def visit(node: Node, value: Tensor, kept: dict[str, Tensor] = kept) -> None:
+            if node.name in wanted:
+                kept[node.name] = value
+
+        real.estimate(some, visit)
+        least = torch.full((count(some),), torch.inf, dtype=torch.float64)
+        for node in layers:
+            assert isinstance(node.op, ModelOp)
+            margin = node.op.margin(*(kept[arg] for arg in node.args)).double().reshape(count(some), -1)
+            largest = max(float(kept[node.args[0]].abs().nan_to_num().max()), 2.0**-30)
+            least = torch.minimum(least, torch.where(margin > 0, margin, torch.inf).amin(1) / largest)
+        found.append(least)
+    order = torch.cat(found).sort(stable=True)
+    return tuple(int(row) for row in order.indices[:_CLOSE_ROWS][order.values[:_CLOSE_ROWS].isfinite()])
+
+
+def _ending_at(plan: Plan, name: str) -> Plan:
+    end = plan.index[name] + 1
+    return plan.with_nodes(plan.nodes[:end], result=name)
+
+
+def _by_row(answer: Tensor, inputs: Values) -> Tensor:
+    return answer.double().reshape(count(inputs), -1)
+
+
+def count(inputs: Values) -> int:
+    return len(next(iter(inputs.values()))) if inputs else 0
+
+
+def chosen(values: Values, rows: Tensor) -> Values:
+    return {label: x[rows] for label, x in values.items()}
