@@ -73,6 +73,8 @@ class Places(ModelOp):
         return (order[..., None] == torch.arange(args[0].shape[-1], device=order.device)).to(args[0].dtype)
 
     def margin(self, *args: Tensor) -> Tensor:
+        if args[0].shape[-1] == 1:
+            return torch.full_like(args[0], torch.inf)
         return args[0].sort(dim=-1).values.diff(dim=-1)
 
     def expand(self, b: FixedBuilder, *args: str) -> str:
