@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +17,11 @@ from tacit.capture import Capture
 from tacit.examples import bound_examples, require_fit, require_tensors
 from tacit.explain import sequence_first
 from tacit.export import export
-from tacit.faithful import require_faithful
+from tacit.faithful import float_answers, require_faithful
 from tacit.ir.errors import PrecisionWarning
 from tacit.options import Range, read_frac_bits, read_max_error, read_name, read_protocol, read_ranges, read_reveal
 from tacit.passes import Draft, run_pipeline
-from tacit.probes import edges, measured, probes
+from tacit.probes import FAINT, edges, measured, probes
 from tacit.progress import log, waiting
 from tacit.runtime.leaving import stops_at_exit
 from tacit.runtime.reference import interpret
@@ -142,6 +143,8 @@ def prepare(
         frac_bits,
         max_error,
         edges=edges(plan),
+        faint=FAINT,
+        floats=partial(float_answers, program),
         answer=capture.answer,
     )
 

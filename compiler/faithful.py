@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
 from tacit.arguments import Arguments
@@ -54,6 +55,23 @@ def require_faithful(model: torch.nn.Module, program: ExportedProgram, arguments
         distance = _distance(again, run(_graph_of(program)))
     if distance > _CLOSE:
         warnings.warn(_OTHERWISE.format(distance), stacklevel=6)
+
+
+@one_at_a_time
+def float_answers(program: ExportedProgram, inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """What PyTorch itself answers to inputs by label, N x all numbers of the result; None where it cannot tell."""
+    places = {node.name: node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")}
+    values: list[Any] = []
+    for spec in program.graph_signature.input_specs:
+        if spec.kind is InputKind.USER_INPUT:
+            constant = isinstance(spec.arg, ConstantArgument)
+            values.append(spec.arg.value if constant else inputs[spec.arg.name].to(places[spec.arg.name].dtype))
+    with torch.no_grad(), quiet(), hushed():
+        try:
+            found = [x for x in pytree.tree_leaves(_graph_of(program)(*values)) if isinstance(x, Tensor)]
+            return torch.cat([x.double().flatten(1) for x in found], 1)
+        except Exception:  # a model may stop on inputs that are none of its own, for reasons of its own
+            return None
 
 
 def _graph_of(program: ExportedProgram) -> Callable[..., Any]:

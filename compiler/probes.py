@@ -14,8 +14,10 @@ from tacit.secure import check_input
 Tensor = torch.Tensor
 # Inputs from all over the range; of calibration data, it takes more.
 _PROBES, _CALIBRATED_PROBES = 16, 64
-# The standard deviation of a faint input: about a quarter of a step of 8 bits in an image from 0 to 1.
-_FAINT = 1e-3
+# How many faint inputs there are, and their standard deviation: about a quarter of a step of 8 bits in an image from 0
+# to 1; in proportion for narrower ranges, and for those that are far wider than what is usual behind a norm.
+FAINT = 2
+_DEVIATION, _USUAL_RANGE = 1e-3, 16.0
 
 
 def probes(plan: Plan, examples: Mapping[str, Tensor], calibration: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
@@ -44,11 +46,12 @@ def edges(plan: Plan) -> dict[str, Tensor]:
         low, high = op.ends(shape[1:])
         zero, above = torch.zeros_like(low).clamp(low, high), low + 0.6 * (high - low)
         rows = [value[None].clone() for value in (low, high, zero, zero, above)]
+        span = op.high - op.low
+        deviation = min(_DEVIATION * max(1.0, span / _USUAL_RANGE), span / 1024)
         if op.integers:
-            rows[4].round_()
+            rows[-1].round_()
         else:
-            for faint in rows[3:]:
-                deviation = min(_FAINT, (op.high - op.low) / 1024)
+            for faint in rows[-FAINT:]:
                 faint += deviation * torch.randn(shape, generator=generator, dtype=torch.float64)
                 faint.clamp_(op.low, op.high)
         chosen[op.label] = torch.cat(rows)

@@ -25,6 +25,8 @@ _TRIAL_FRAC, _LEAST_FRAC = 12, 8
 _CLOSE = 2.0
 # Truncations are drawn anew in each run. Where none makes a value jump with so many bits less, none will by far.
 _SPARE = 2
+# Faint inputs are not what anybody showed: a warning of them is for those that are off by more than such a multiple.
+_FAINT_ALLOWED = 4.0
 # Once a scale is found, later trials look at the rows that were worst.
 _KEPT = 16
 
@@ -38,7 +40,8 @@ def choose_scale(draft: Draft) -> Draft:
         return draft
     draft = replace(draft, faithful=edges_are_amplified(draft))
     unknown = unsure(draft)
-    draft, left = replace(draft, edges=chosen(draft.edges, ~unknown)), chosen(draft.edges, unknown)
+    left, faint = chosen(draft.edges, unknown), int((~unknown)[len(unknown) - draft.faint :].sum())
+    draft = replace(draft, edges=chosen(draft.edges, ~unknown), faint=faint)
     jumps = any(isinstance(node.op, ModelOp) and node.op.jumps() for node in answering(draft).plan.nodes)
     trial = misses(_at(draft, _TRIAL_FRAC))
     least = _extrapolated(trial[: count(draft.probes)] if draft.faithful else trial, jumps)
@@ -49,6 +52,7 @@ def choose_scale(draft: Draft) -> Draft:
     least = max(least, _TRIAL_FRAC if jumps else _LEAST_FRAC)
     free = draft.max_error is None
     draft, found = _tried(draft, min(least, MOST_FRAC_BITS), jumps, free)
+    found[len(found) - faint :] /= _FAINT_ALLOWED
     missed = count(left) + int((found > PROMISED).sum())
     if missed:
         row = _row(draft, int(found.argmax())) if found.max() > PROMISED else _row(replace(draft, edges=left), -1)
@@ -66,22 +70,20 @@ def _tried(draft: Draft, least: int, jumps: bool, free: bool) -> tuple[Draft, Te
     """
     if free and not jumps:  # what edges ask for is finer rounding; finer polynomials where these are not enough
         draft = replace(draft, max_error=default_error(least))
-    fitting = (bits for bits in range(least, _TRIAL_FRAC - 1, -1) if fits(_at(draft, bits)))
-    frac = next(fitting, least)
-    found = misses(_at(draft, frac), approximated=free and jumps)
+    frac, found = least, misses(_at(draft, least), approximated=free and jumps)
     while frac < MOST_FRAC_BITS and (found.max() > _CLOSE or (jumps and not _spared(draft, frac, free))):
-        more = min(frac + (2 if found.max() > 2 * _CLOSE else 1), MOST_FRAC_BITS)
-        while more > frac and not fits(_at(draft, more)):
-            more -= 1
-        if more == frac:
-            break
-        frac, found = more, misses(_at(draft, more), approximated=free and jumps)
+        frac = min(frac + (2 if found.max() > 2 * _CLOSE else 1), MOST_FRAC_BITS)
+        found = misses(_at(draft, frac), approximated=free and jumps)
+    fitting = next((bits for bits in range(frac, _TRIAL_FRAC - 1, -1) if fits(_at(draft, bits))), least)
+    if fitting != frac:
+        frac, found = fitting, misses(_at(draft, fitting), approximated=free and jumps)
     draft = _at(draft, frac)
     if draft.faithful and free and not jumps:
-        found = misses(draft, approximated=True)
+        rounded, found = found, misses(draft, approximated=True)
         finer = replace(draft, max_error=None)
-        if found.max() > _CLOSE and fits(finer) and (again := misses(finer, approximated=True)).max() < found.max():
-            return finer, again
+        if found.max() > max(_CLOSE, 1.5 * float(rounded.max())) and fits(finer):
+            again = misses(finer, approximated=True)
+            return (finer, again) if again.max() < found.max() else (draft, found)
     return draft, found
 
 

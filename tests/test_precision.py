@@ -238,6 +238,36 @@ def test_where_float_itself_does_not_know_its_answer_a_warning_says_so() -> None
     assert len(told) == 1 and "that of float32" in told[0]
 
 
+class Deep(nn.Module):
+    """A U-Net with two norms on each level: six in a row. PyTorch's kernels make much of nothing there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def twice(n: int) -> nn.Sequential:
+            layers = [[nn.Conv2d(k, 2, 3, padding=1), nn.InstanceNorm2d(2), nn.LeakyReLU()] for k in (n, 2)]
+            return nn.Sequential(*layers[0], *layers[1])
+
+        self.down, self.inner, self.joined = twice(1), twice(2), twice(4)
+        self.up, self.out = nn.ConvTranspose2d(2, 2, 2, 2), nn.Conv2d(2, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = self.down(x)
+        found: Tensor = self.out(self.joined(torch.cat([self.up(self.inner(F.max_pool2d(kept, 2))), kept], 1)))
+        return found
+
+
+def test_what_float_answers_is_asked_of_pytorch_itself() -> None:
+    """In its own kernels, which round otherwise than the same formula of ours."""
+    torch.manual_seed(1)
+    model, black = Deep().eval(), torch.zeros(1, 1, 8, 8)
+    with doubts() as told:
+        secure = tacit.compile(model, random(2, 1, 8, 8), input_range=(0, 1))
+    assert error(secure, model, black) > 0.1 and len(told) == 1 and "that of float32" in told[0]
+    assert error(secure, copy.deepcopy(model).double(), black.double()) <= PROMISED
+    assert float((secure(black) - secure(black)).abs().max()) <= PROMISED
+
+
 def test_networks_that_no_blank_input_troubles_keep_their_scale() -> None:
     """A position table, or a bias for each feature, makes blank inputs ordinary ones to the norms behind it."""
     model = seeded(nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 4)))
