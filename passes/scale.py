@@ -43,11 +43,11 @@ def choose_scale(draft: Draft) -> Draft:
     left, faint = chosen(draft.edges, unknown), int((~unknown)[len(unknown) - draft.faint :].sum())
     draft = replace(draft, edges=chosen(draft.edges, ~unknown), faint=faint)
     jumps = any(isinstance(node.op, ModelOp) and node.op.jumps() for node in answering(draft).plan.nodes)
-    trial = misses(_at(draft, _TRIAL_FRAC))
-    least = _extrapolated(trial[: count(draft.probes)] if draft.faithful else trial, jumps)
+    trial = misses(_at(replace(draft, edges={}) if draft.faithful else draft, _TRIAL_FRAC))
+    least = _extrapolated(trial, jumps)
     draft = replace(draft, close=close_rows(draft)) if jumps else _worst(draft, trial)
     if not (jumps or draft.faithful or least > MOST_FRAC_BITS):
-        return _at(draft, max(least, _LEAST_FRAC))
+        return _at(replace(draft, edges={}, faint=0), max(least, _LEAST_FRAC))  # nothing is particular about edges
     # Rows that nobody showed come as close to a step, or closer: no fewer bits than those of the trial, where they fit.
     least = max(least, _TRIAL_FRAC if jumps else _LEAST_FRAC)
     free = draft.max_error is None
