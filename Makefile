@@ -16,13 +16,19 @@ export PYTHONDONTWRITEBYTECODE :=
 SOURCES := $(sort $(wildcard compiler/*.py compiler/peers/*.py ir/*.py ir/ops/*.py ir/view/*.py ir/view/*.css ir/view/*.js passes/*.py runtime/*.py runtime/net/*.py))
 NAMES := $(VENV)/names-$(shell printf '%s' '$(SOURCES)' | cksum | cut -d' ' -f1)
 
-.PHONY: demo test lint mutants peers clean
+.PHONY: demo test kernels lint mutants peers clean
 
 demo: $(NAMES)
 	$(BIN)/python examples/demo.py
 
-test: $(NAMES) lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+# Three processes on two cores, because tests of networked parties wait.
+test: $(NAMES)
+	$(MAKE) --no-print-directory -j 2 lint kernels
+	$(BIN)/python -m pytest -n 3 --dist loadfile --ignore tests/test_ops.py
+
+# These tests compile the kernels. Alone, beside the type checker, they do it once; the other processes then find them.
+kernels: $(NAMES)
+	$(BIN)/python -m pytest tests/test_ops.py
 
 lint: $(NAMES)
 	$(BIN)/ruff check .
