@@ -31,33 +31,42 @@ def misses(draft: Draft, *, approximated: bool = False) -> Tensor:
     """
     real = answering(draft)
     fixed = in_fixed_point(real, approximated)
-    unit = 2.0 ** -fixed.plan.node(fixed.plan.result).type.frac
-    errors, sizes = [], []
-    for values, faithful in ((draft.probes, False), (draft.edges, draft.faithful)):
-        for some in draft.chunks(values):
-            exact = _by_row(real.estimate(some, faithful=faithful), some)
-            found = _by_row(fixed.estimate(some, faithful=faithful, seed=0 if draft.close else None), some) * unit
-            errors.append(_difference(found, exact))
-            sizes.append(torch.where(exact.isfinite(), exact.abs(), 0.0).amax(1))
-    error, size = torch.cat(errors), torch.cat(sizes)
+    chance = 0 if draft.close else None
+    error, size = _errors(real, fixed, draft.probes, seed=chance)
+    wanted = min(1.0, max(float(size.max()), _LEAST_LOGIT)) if size.max() < 32 else float(size.max()) / 32
     if draft.close:
         _draw_again(draft, real, fixed, error)
-    largest = float(size[: count(draft.probes)].max())
-    wanted = min(1.0, max(largest, _LEAST_LOGIT)) if largest < 32 else largest / 32
-    return error / (TOLERANCE * (size / 32).clamp(min=wanted))
+    allowed = TOLERANCE * (size / 32).clamp(min=wanted)
+    if not count(draft.edges):
+        return error / allowed
+    off, size = _errors(real, fixed, draft.edges, exact=draft.faithful, seed=0 if draft.faithful else chance)
+    bound = TOLERANCE * (size / 32).clamp(min=wanted)
+    if draft.faithful:  # estimates round more: an edge that is accurate in them is, bit for bit, as well
+        rows = (off > bound).nonzero().flatten()
+        off[rows], _ = _errors(real, fixed, chosen(draft.edges, rows), exact=True, faithful=True)
+    return torch.cat([error / allowed, off / bound])
+
+
+def _errors(
+    real: Draft, fixed: Draft, rows: Values, *, exact: bool = False, faithful: bool = False, seed: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Of each row, by how much it is off in fixed point, and its largest number."""
+    unit = 2.0 ** -fixed.plan.node(fixed.plan.result).type.frac
+    errors, sizes = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, dtype=torch.float64)]
+    for some in real.chunks(rows):
+        wanted = _by_row(real.estimate(some, faithful=exact), some)
+        found = _by_row(fixed.estimate(some, faithful=faithful, seed=seed), some) * unit
+        errors.append(_difference(found, wanted))
+        sizes.append(torch.where(wanted.isfinite(), wanted.abs(), 0.0).amax(1))
+    return torch.cat(errors), torch.cat(sizes)
 
 
 def _draw_again(draft: Draft, real: Draft, fixed: Draft, error: Tensor) -> None:
     """Replaces the errors of rows near a step by their largest under many draws of the truncations."""
-    draws = max(2, min(DRAWS, _BATCHES * draft.affordable // len(draft.close)))
-    unit = 2.0 ** -fixed.plan.node(fixed.plan.result).type.frac
     rows = torch.tensor(draft.close)
-    for one in draft.chunks({"row": rows, **chosen(draft.probes, rows)}):
-        places, some = one["row"], {label: x for label, x in one.items() if label != "row"}
-        exact = _by_row(real.estimate(some), some)
-        for seed in range(1, draws):
-            found = _by_row(fixed.estimate(some, seed=seed), some) * unit
-            error[places] = torch.maximum(error[places], _difference(found, exact))
+    for seed in range(1, max(2, min(DRAWS, _BATCHES * draft.affordable // len(rows)))):
+        found, _ = _errors(real, fixed, chosen(draft.probes, rows), seed=seed)
+        error[rows] = torch.maximum(error[rows], found)
 
 
 def in_fixed_point(draft: Draft, approximated: bool) -> Draft:
