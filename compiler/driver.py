@@ -21,7 +21,7 @@ from tacit.faithful import float_answers, require_faithful
 from tacit.ir.errors import PrecisionWarning
 from tacit.options import Range, read_frac_bits, read_max_error, read_name, read_protocol, read_ranges, read_reveal
 from tacit.passes import Draft, run_pipeline
-from tacit.probes import FAINT, edges, measured, probes
+from tacit.probes import EDGES, edges, measured, probes
 from tacit.progress import log, waiting
 from tacit.runtime.leaving import stops_at_exit
 from tacit.runtime.reference import interpret
@@ -144,7 +144,7 @@ def prepare(
         frac_bits,
         max_error,
         edges=edges(plan),
-        faint=FAINT,
+        kinds=EDGES,
         floats=partial(float_answers, program),
         answer=capture.answer,
     )

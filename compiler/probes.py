@@ -14,9 +14,10 @@ from tacit.secure import check_input
 Tensor = torch.Tensor
 # Inputs from all over the range; of calibration data, it takes more.
 _PROBES, _CALIBRATED_PROBES = 16, 64
-# How many faint inputs there are, and their standard deviation: about a quarter of a step of 8 bits in an image from 0
-# to 1; in proportion for narrower ranges, and for those that are far wider than what is usual behind a norm.
-FAINT = 2
+# The kinds of edges: all low, all high and zero; around a value above the middle; around zero.
+EDGES = ("blank", "blank", "blank", "faint", "dim")
+# The standard deviation of faint inputs: about a quarter of a step of 8 bits in an image from 0 to 1; in proportion for
+# narrower ranges, and for those that are far wider than what is usual in front of a norm.
 _DEVIATION, _USUAL_RANGE = 1e-3, 16.0
 
 
@@ -38,20 +39,20 @@ def probes(plan: Plan, examples: Mapping[str, Tensor], calibration: Mapping[str,
 
 
 def edges(plan: Plan) -> dict[str, Tensor]:
-    """Blank inputs, all low, all high and zero; and faint ones, around zero and around a value above the middle."""
+    """An input of each kind in EDGES."""
     generator = torch.Generator().manual_seed(1)
     chosen = {}
     for name, op in inputs_of(plan):
         shape = plan.node(name).type.at(1).dims
         low, high = op.ends(shape[1:])
         zero, above = torch.zeros_like(low).clamp(low, high), low + 0.6 * (high - low)
-        rows = [value[None].clone() for value in (low, high, zero, zero, above)]
+        rows = [value[None].clone() for value in (low, high, zero, above, zero)]
         span = op.high - op.low
         deviation = min(_DEVIATION * max(1.0, span / _USUAL_RANGE), span / 1024)
         if op.integers:
-            rows[-1].round_()
+            rows[3].round_()
         else:
-            for faint in rows[-FAINT:]:
+            for faint in rows[3:]:
                 faint += deviation * torch.randn(shape, generator=generator, dtype=torch.float64)
                 faint.clamp_(op.low, op.high)
         chosen[op.label] = torch.cat(rows)

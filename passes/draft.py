@@ -38,8 +38,8 @@ class Draft:
     spared: Mapping[str, int] = field(default_factory=dict)  # by how many bits the weights of a line have fewer
     answer: Tree = None  # the structure of the results in the model's own classes; None for a lone tensor
     model: Draft | None = None  # below the model level: the draft that was written in fixed point
-    edges: Values = field(default_factory=dict)  # as `probes`: blank inputs, and last so many faint ones
-    faint: int = 0
+    edges: Values = field(default_factory=dict)  # as `probes`: blank and nearly blank inputs
+    kinds: tuple[str, ...] = ()  # of the edges: blank, faint (around a value) or dim (around zero)
     floats: Callable[[Values], Tensor | None] = lambda inputs: None  # what PyTorch itself answers, if it can tell
     doubts: tuple[str, ...] = ()  # of what the caller has to be warned
     faithful: bool = False  # whether the edges are to be tried out bit for bit, with truncations as they are dealt

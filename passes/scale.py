@@ -17,16 +17,28 @@ from tacit.ir.ops.model import ModelOp
 from tacit.passes.draft import Draft, Values
 from tacit.passes.precision import doubt
 from tacit.passes.quantise import MOST_FRAC_BITS, default_error
-from tacit.passes.trial import PROMISED, answering, chosen, close_rows, count, edges_are_amplified, fits, misses, unsure
+from tacit.passes.trial import (
+    CLOSE,
+    PROMISED,
+    answering,
+    chosen,
+    close_rows,
+    count,
+    edges_are_amplified,
+    fits,
+    misses,
+    unsure,
+)
 
 Tensor = torch.Tensor
 _TRIAL_FRAC, _LEAST_FRAC = 12, 8
-# A trial of the scale itself may show twice what was extrapolated: half of the promise.
-_CLOSE = 2.0
 # Truncations are drawn anew in each run. Where none makes a value jump with so many bits less, none will by far.
 _SPARE = 2
-# Faint inputs are not what anybody showed: a warning of them is for those that are off by more than such a multiple.
+# Nearly blank inputs are not what anybody showed: a warning of them is for those that are off by such a multiple.
 _FAINT_ALLOWED = 4.0
+# A network with so many values has biases in front of its norms, once it is trained: dim inputs are none to it.
+# Untrained, with biases of zero, it would get three times the bytes for them alone; and each trial takes seconds.
+_LARGE = 1 << 20
 # Once a scale is found, later trials look at the rows that were worst.
 _KEPT = 16
 
@@ -38,27 +50,30 @@ def choose_scale(draft: Draft) -> Draft:
     """
     if draft.frac_bits is not None:
         return draft
+    if _is_large(draft):
+        draft = _without(draft, torch.tensor([kind == "dim" for kind in draft.kinds], dtype=torch.bool))
     draft = replace(draft, faithful=edges_are_amplified(draft))
     unknown = unsure(draft)
-    left, faint = chosen(draft.edges, unknown), int((~unknown)[len(unknown) - draft.faint :].sum())
-    draft = replace(draft, edges=chosen(draft.edges, ~unknown), faint=faint)
+    left, draft = chosen(draft.edges, unknown), _without(draft, unknown)
     jumps = any(isinstance(node.op, ModelOp) and node.op.jumps() for node in answering(draft).plan.nodes)
     trial = misses(_at(replace(draft, edges={}) if draft.faithful else draft, _TRIAL_FRAC))
     least = _extrapolated(trial, jumps)
     draft = replace(draft, close=close_rows(draft)) if jumps else _worst(draft, trial)
     if not (jumps or draft.faithful or least > MOST_FRAC_BITS):
-        return _at(replace(draft, edges={}, faint=0), max(least, _LEAST_FRAC))  # nothing is particular about edges
+        return _at(replace(draft, edges={}, kinds=()), max(least, _LEAST_FRAC))  # nothing is particular about edges
     # Rows that nobody showed come as close to a step, or closer: no fewer bits than those of the trial, where they fit.
     least = max(least, _TRIAL_FRAC if jumps else _LEAST_FRAC)
     free = draft.max_error is None
     draft, found = _tried(draft, min(least, MOST_FRAC_BITS), jumps, free)
-    found[len(found) - faint :] /= _FAINT_ALLOWED
+    found[count(draft.probes) :][torch.tensor([kind != "blank" for kind in draft.kinds], dtype=torch.bool)] /= (
+        _FAINT_ALLOWED
+    )
     missed = count(left) + int((found > PROMISED).sum())
     if missed:
         row = _row(draft, int(found.argmax())) if found.max() > PROMISED else _row(replace(draft, edges=left), -1)
         told = doubt(answering(draft), row, missed, len(found) + count(left), approximated=free)
         draft = replace(draft, doubts=(*draft.doubts, told))
-    return draft
+    return replace(draft, edges={}, kinds=()) if _is_large(draft) else draft
 
 
 def _tried(draft: Draft, least: int, jumps: bool, free: bool) -> tuple[Draft, Tensor]:
@@ -71,17 +86,17 @@ def _tried(draft: Draft, least: int, jumps: bool, free: bool) -> tuple[Draft, Te
     if free and not jumps:  # what edges ask for is finer rounding; finer polynomials where these are not enough
         draft = replace(draft, max_error=default_error(least))
     frac, found = least, misses(_at(draft, least), approximated=free and jumps)
-    while frac < MOST_FRAC_BITS and (found.max() > _CLOSE or (jumps and not _spared(draft, frac, free))):
-        frac = min(frac + (2 if found.max() > 2 * _CLOSE else 1), MOST_FRAC_BITS)
+    while frac < MOST_FRAC_BITS and (found.max() > CLOSE or (jumps and not _spared(draft, frac, free))):
+        frac = min(frac + (2 if found.max() > 2 * CLOSE else 1), MOST_FRAC_BITS)
         found = misses(_at(draft, frac), approximated=free and jumps)
     fitting = next((bits for bits in range(frac, _TRIAL_FRAC - 1, -1) if fits(_at(draft, bits))), least)
     if fitting != frac:
         frac, found = fitting, misses(_at(draft, fitting), approximated=free and jumps)
     draft = _at(draft, frac)
-    if draft.faithful and free and not jumps:
+    if draft.faithful and free and not (jumps or _is_large(draft)):
         rounded, found = found, misses(draft, approximated=True)
         finer = replace(draft, max_error=None)
-        if found.max() > max(_CLOSE, 1.5 * float(rounded.max())) and fits(finer):
+        if found.max() > max(CLOSE, 1.5 * float(rounded.max())) and fits(finer):
             again = misses(finer, approximated=True)
             return (finer, again) if again.max() < found.max() else (draft, found)
     return draft, found
@@ -90,7 +105,16 @@ def _tried(draft: Draft, least: int, jumps: bool, free: bool) -> tuple[Draft, Te
 def _spared(draft: Draft, frac: int, free: bool) -> bool:
     """Whether no value jumps with a few bits less either: rounding, which is drawn anew in each run, is then a
     fraction of what would make it jump."""
-    return bool(misses(_at(draft, frac - _SPARE), approximated=free).max() <= _CLOSE * 2**_SPARE)
+    return bool(misses(_at(draft, frac - _SPARE), approximated=free).max() <= CLOSE * 2**_SPARE)
+
+
+def _is_large(draft: Draft) -> bool:
+    return sum(node.type.at(1).numel for node in draft.plan.nodes if node.type.batched) > _LARGE
+
+
+def _without(draft: Draft, edges: Tensor) -> Draft:
+    kinds = [kind for kind, drop in zip(draft.kinds, edges, strict=True) if not drop]
+    return replace(draft, edges=chosen(draft.edges, ~edges), kinds=tuple(kinds))
 
 
 def _extrapolated(trial: Tensor, jumps: bool) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from tacit.ir.errors import CompileError
@@ -18,6 +20,8 @@ Tensor = torch.Tensor
 # above 32, within 2^-13 of it. Other inputs than the probes will come, so the error seen on them is held to a quarter.
 TOLERANCE, PROMISED = 2.0**-10, 4.0
 _LEAST_LOGIT = 2.0**-8
+# A trial of the scale itself may show twice what was extrapolated: half of the promise.
+CLOSE = 2.0
 # Rows near a step are tried with so many draws of the truncations, as far as that many batches are affordable.
 _CLOSE_ROWS, DRAWS, _BATCHES = 16, 16, 4
 # How many times as much a blank input has to be amplified for it to be looked at bit by bit.
@@ -42,7 +46,7 @@ def misses(draft: Draft, *, approximated: bool = False) -> Tensor:
     off, size = _errors(real, fixed, draft.edges, exact=draft.faithful, seed=0 if draft.faithful else chance)
     bound = TOLERANCE * (size / 32).clamp(min=wanted)
     if draft.faithful:  # estimates round more: an edge that is accurate in them is, bit for bit, as well
-        rows = (off > bound).nonzero().flatten()
+        rows = (off > CLOSE * bound).nonzero().flatten()
         off[rows], _ = _errors(real, fixed, chosen(draft.edges, rows), exact=True, faithful=True)
     return torch.cat([error / allowed, off / bound])
 
@@ -70,11 +74,18 @@ def _draw_again(draft: Draft, real: Draft, fixed: Draft, error: Tensor) -> None:
 
 
 def in_fixed_point(draft: Draft, approximated: bool) -> Draft:
-    """The draft in fixed point; with the polynomials that stand for functions, where they are asked for and fit."""
+    """The draft in fixed point; with the polynomials that stand for functions, where they are asked for and fit.
+
+    Where ranges are measured, the edges widen them: that they may leave those of the plan is another matter.
+    """
     fixed = expand_to_fixed_point(draft)
-    if approximated and fixed.plan.find(FixedFunction) and fits(draft):
-        return bound_ranges(fixed)
-    return fixed
+    if not approximated or not fixed.plan.find(FixedFunction):
+        return fixed
+    shown = {label: torch.cat([x, draft.edges[label]]) for label, x in draft.calibration.items() if draft.edges}
+    try:
+        return bound_ranges(replace(fixed, calibration=shown or draft.calibration))
+    except CompileError:
+        return fixed
 
 
 def fits(draft: Draft) -> bool:
