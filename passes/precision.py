@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tacit.ir.ops.approximated import Function
 from tacit.ir.ops.model import ModelOp
 from tacit.ir.plan import Node
 from tacit.passes.draft import Draft, Values
@@ -124,6 +125,11 @@ def _told(found: _Grown, draft: Draft, missed: int, tried: int) -> str:
             f"It divides by what its input holds, and multiplies what differs in a blank or faint one by {gain:.3g}, "
             f"the rounding to {bits} fractional bits too, as it does that of float32. What helps: a larger eps (of a "
             "norm, the factor is at most 1/sqrt(eps)), no second norm behind it, or inputs that are never blank"
+        )
+    if isinstance(op, Function):
+        return head + (
+            f"Its relative error is {found.after:.1g}, that of its operand {found.before:.1g}: the polynomials that "
+            "stand for it are as far off. What helps: a smaller max_error, or values of ordinary size there"
         )
     return head + (
         f"Its relative error is {found.after:.1g}, that of its operand {found.before:.1g}, with {bits} fractional "

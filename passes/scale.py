@@ -93,12 +93,23 @@ def _tried(draft: Draft, least: int, jumps: bool, free: bool) -> tuple[Draft, Te
     if fitting != frac:
         frac, found = fitting, misses(_at(draft, fitting), approximated=free and jumps)
     draft = _at(draft, frac)
-    if draft.faithful and free and not (jumps or _is_large(draft)):
-        rounded, found = found, misses(draft, approximated=True)
-        finer = replace(draft, max_error=None)
-        if found.max() > max(CLOSE, 1.5 * float(rounded.max())) and fits(finer):
-            again = misses(finer, approximated=True)
-            return (finer, again) if again.max() < found.max() else (draft, found)
+    if not draft.faithful or not free or jumps or _is_large(draft):
+        return draft, found
+    rounded, found = float(found.max()), misses(draft, approximated=True)
+    return _with_finer(draft, found) if found.max() > max(CLOSE, 1.5 * rounded) else (draft, found)
+
+
+def _with_finer(draft: Draft, found: Tensor) -> tuple[Draft, Tensor]:
+    """With the polynomials of its scale, and of scales with more bits, as long as these help; and what is missed."""
+    finer = replace(draft, max_error=None)
+    while fits(finer):
+        again = misses(finer, approximated=True)
+        if again.max() >= found.max():
+            break
+        draft, found, more = finer, again, (finer.frac_bits or 0) + 2
+        if found.max() <= CLOSE or more > MOST_FRAC_BITS:
+            break
+        finer = _at(finer, more)
     return draft, found
 
 
