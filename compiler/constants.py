@@ -19,6 +19,7 @@ _BATCHES = (2, 3)
 # Elements that repeat one another in float64: to the precision of float32, and to rounding beside the largest of them.
 _RELATIVE, _ABSOLUTE = 2.0**-22, 2.0**-36
 _SHAPE_ALONE = ("new_", "_like.", "aten.fill.", "aten.zero.", "aten.copy.")  # read no value of their first operand
+_LIKE_THE_SECOND = ("_as.",)  # nor of their second: expand_as, view_as, type_as
 _RANDOM = ("rand", "bernoulli", "multinomial", "normal", "dropout")
 
 
@@ -89,7 +90,11 @@ class Constants:
     @staticmethod
     def _shape_alone(arg: torch.fx.Node, user: torch.fx.Node) -> bool:
         """Whether the operator reads no more than the shape of this operand."""
-        return arg is user.args[0] and any(word in str(user.target) for word in _SHAPE_ALONE)
+        places = ((0, _SHAPE_ALONE), (1, _LIKE_THE_SECOND))
+        return any(
+            len(user.args) > i and arg is user.args[i] and any(word in str(user.target) for word in words)
+            for i, words in places
+        )
 
     def _varies(self, arg: torch.fx.Node) -> bool:
         if arg in self._values:

@@ -22,8 +22,8 @@ from tacit.tracing import FRACTIONS, hushed, listening, tell
 _NOT_THE_USERS = {Path(file).parent for file in (str(torch.__file__), __file__)}
 _STANDARD = Path(inspect.__file__).parent  # the library that comes with Python; packages may be installed inside
 _FIXED = (
-    "A shape fixes the batch: take the batch from the input, as in x.shape[0] or x.flatten(1), and create constants "
-    "without a batch dimension"
+    "A shape, or a loop, fixes the batch: compute on the whole batch at once, without a loop over its rows, take the "
+    "batch from the input, as in x.shape[0] or x.flatten(1), and create constants without a batch dimension"
 )
 _VALUES = (
     "This is control flow that depends on values, or a number that Python reads off them, and nobody may see them: "
@@ -160,8 +160,12 @@ def _misfit(model: torch.nn.Module, arguments: Arguments, said: str) -> str:
             f"Its forward takes {inspect.signature(model.forward)}, the example holds {arguments.count()} arguments: "
             "give one for each in a tuple, or in a dictionary by their names"
         )
-    if re.search(r"indices|Long|integer", said) and re.search(r"float|Float", said):
-        return "It takes whole numbers where the example has fractions: give indices as torch.int64"
+    tensors = [x for _, x in arguments.tensors()]
+    if re.search(r"indices|Long|[Ii]nteger|\blong\b|\bInt\b", said) and re.search(r"[Ff]loat|Double", said):
+        if all(x.is_floating_point() for x in tensors):
+            return "It takes whole numbers where the example has fractions: give indices as torch.int64"
+        if not any(x.is_floating_point() for x in tensors):
+            return "It computes with fractions where the example has whole numbers: give floats, as in x.float()"
     shapes = ", ".join(
         f"{'x'.join(('N', *map(str, x.shape[1:])))} {str(x.dtype).removeprefix('torch.')}"
         for _, x in arguments.tensors()

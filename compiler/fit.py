@@ -43,6 +43,13 @@ def _require_fit_module(where: str, module: torch.nn.Module) -> None:
             f"{where} spreads the model over processes ({kind}): compile the module inside of it (model.module), with "
             "whole weights"
         )
+    if isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)) and module.max_norm is not None:
+        raise CompileError(
+            f"{where} shortens rows of its table as they are read (max_norm), and a plan keeps nothing for the next "
+            "call. Shorten all of them before: with torch.no_grad(): "
+            f"module.weight.copy_(torch.renorm(module.weight, {module.norm_type:g}, 0, {module.max_norm:g})); "
+            "module.max_norm = None"
+        )
     if module.training:
         raise CompileError(f"the model is in training mode ({where}); call model.eval() first")
 

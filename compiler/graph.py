@@ -208,6 +208,8 @@ class Graph(Builder):
         lines = [n.format_node() or str(n) for n in self.program.graph.nodes]
         place = list(self.program.graph.nodes).index(self.node)
         path, source = module_path(self.node), source_line(self.node)
+        if not source and "aten.copy." in str(self.node.target):  # by which an operator in place ends
+            source = next(filter(None, map(source_line, reversed(self.node.all_input_nodes))), "")
         where = f"module '{path}'" if path else "the model"
         hint = self._hint(path) if "the batch" in reason else ""
         head = f"{where}{', ' + source if source else ''}: {reason}{'. ' + hint if hint else ''}"

@@ -88,6 +88,8 @@ def _cleared(program: ExportedProgram) -> ExportedProgram:
             _write_answer(node, answer, program.graph_signature)
         elif not node._erased and str(node.target) in _CHECKS:
             _erase(node)
+        elif not node._erased and (found := _lookup(node, _secret(program))) is not None:
+            _write_lookup(node, *found, program.graph_signature)
     module.recompile()
     return program
 
@@ -107,13 +109,48 @@ def _write_answer(node: Node, answer: bool, signature: ExportGraphSignature) -> 
     _replace(node, full, signature)
 
 
+def _lookup(node: Node, secret: Collection[Node]) -> tuple[Node, Node] | None:
+    """The table and the indices of a call that reads elements of a constant along its first dimension."""
+    name = str(node.target)
+    if name == "aten.index_select.default" and node.args[1] == 0:
+        table, index = node.args[0], node.args[2]
+    elif name == "aten.index.Tensor" and len(node.args[1]) == 1:  # type: ignore[arg-type]
+        table, index = node.args[0], node.args[1][0]  # type: ignore[index]
+    else:
+        return None
+    if not isinstance(table, Node) or not isinstance(index, Node) or table in secret or index not in secret:
+        return None
+    fits = not index.meta["val"].is_floating_point() and index.meta["val"].dtype != torch.bool
+    return (table, index) if fits and table.meta["val"].is_floating_point() else None
+
+
+def _write_lookup(node: Node, table: Node, index: Node, signature: ExportGraphSignature) -> None:
+    """The rows of the table, each in its own shape, by an embedding."""
+    aten, shape = torch.ops.aten, table.meta["val"].shape
+    with node.graph.inserting_before(node):
+
+        def call(target: torch._ops.OpOverload, *args: Any) -> Node:
+            made = node.graph.call_function(target, args)
+            made.meta = node.meta | {"val": target(*torch.fx.node.map_arg(args, lambda n: n.meta["val"]))}
+            return made
+
+        rows = table if len(shape) == 2 else call(aten.reshape.default, table, [shape[0], math.prod(shape[1:])])
+        found = call(aten.embedding.default, rows, index)
+        if len(shape) == 1:
+            found = call(aten.squeeze.dim, found, -1)
+        elif len(shape) > 2:
+            found = call(aten.unflatten.int, found, -1, list(shape[1:]))
+    _replace(node, found, signature)
+
+
 def _alike(x: Node, y: Node) -> bool:
     a, b = x.meta["val"], y.meta["val"]
     return bool(a.shape == b.shape and a.dtype == b.dtype)
 
 
 def _goes(node: Node, secret: Collection[Node]) -> bool:
-    return _region(node) is not None or _answer(node, secret) is not None or str(node.target) in _CHECKS
+    rules = _region(node) is not None or _answer(node, secret) is not None or _lookup(node, secret) is not None
+    return rules or str(node.target) in _CHECKS
 
 
 def _replace(node: Node, other: Node, signature: ExportGraphSignature) -> None:

@@ -152,7 +152,7 @@ class FixedBuilder(Builder):
         scaled = value.to(torch.float64, copy=True).mul_(2.0**frac).round_()
         low, high = (float(end) for end in torch.aminmax(scaled))
         if not -(2.0**62) < low <= high < 2.0**62:  # NaN is not below anything
-            raise CompileError(f"weight '{label}' holds NaN, infinity, or a value too large for {frac} fractional bits")
+            raise CompileError(f"weight '{label}' holds {_misfit(value, frac)}")
         copies = sum(name == label or name.startswith(f"{label}.copy") for name in self.encoded)
         unique = f"{label}.copy{copies}" if copies else str(label)
         # Several drafts are held while scales and rings are tried out: nearly all weights take half of 64 bits.
@@ -261,3 +261,15 @@ class FixedBuilder(Builder):
         if abs(scaled) >= 1 << 62:
             raise CompileError(f"the constant {value} is too large for {bits} fractional bits")
         return scaled
+
+
+def _misfit(value: Tensor, frac: int) -> str:
+    """What a constant holds that fixed point has not."""
+    if bool(value.isnan().any()):
+        return "NaN, which is no number: look for a division by zero or a logarithm where it is made"
+    if bool(value.isinf().any()):
+        return (
+            "infinity, and fixed point has finite numbers. Minus infinity is taken as a mask of scores, in what is "
+            "added to them and read by a softmax alone; elsewhere, write a finite number"
+        )
+    return f"a value too large for {frac} fractional bits: scale it down, or give fewer frac_bits"

@@ -37,6 +37,8 @@ REPEATED: dict[str, tuple[Forward, Tensor]] = {
     "a start state": (lambda m, x: m.a(m.row.expand(len(x), -1)) + m.b(x), ROWS),
     "through layers": (lambda m, x: x * m.narrow(m.wide(m.a(m.row.repeat(x.shape[0], 1))).tanh()), ROWS),
     "a code": (lambda m, x: x * (1 + m.norm(m.row.unsqueeze(0).expand(x.size(0), -1))), ROWS),
+    "like the input": (lambda m, x: m.row.expand_as(x) * x + m.a(m.row[None].expand_as(x)), ROWS),
+    "in an einsum": (lambda m, x: torch.einsum("bi,bij->bj", x, m.table.T.expand(len(x), -1, -1)), ROWS),
     "prompts": (lambda m, x: torch.cat([m.a(m.table.expand(len(x), -1, -1)), x], 1), STEPS),
     "side by side": (lambda m, x: torch.stack([x, torch.ones_like(x), m.row.expand(len(x), -1)], 1), ROWS),
     "in front": (lambda m, x: torch.stack([x, x.new_full((len(x), 6), 0.5), 2 * x]).sum(0), ROWS),

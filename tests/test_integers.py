@@ -41,6 +41,10 @@ def table(rows: int, features: int = 3, **options: int) -> nn.Embedding:
     return nn.Embedding(rows, features, **options)
 
 
+def values(*shape: int) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
 def bag(rows: int, mode: str = "mean", **options: int) -> nn.EmbeddingBag:
     torch.manual_seed(rows)
     return nn.EmbeddingBag(rows, 3, mode=mode, **options)
@@ -65,6 +69,9 @@ TOKENS = whole(4, 3, 6)
 LOOKUPS: dict[str, tuple[nn.Module, Tensor]] = {
     "a column": (Model(lambda m, c: m.e(c[:, 1]), e=table(5)), TOKENS),
     "one number each": (Model(lambda m, c: m.e(c), e=table(5)), TOKENS[:, 0]),
+    "by index": (Model(lambda m, c: m.w[c] + m.w.index_select(0, c[:, 0])[:, None], w=values(5, 3)), TOKENS),
+    "numbers by index": (Model(lambda m, c: m.w[c].cumsum(1), w=values(5)), TOKENS),
+    "matrices by index": (Model(lambda m, c: m.w[c[:, 0]], w=values(5, 2, 3)), TOKENS),
     "a column each": (Model(lambda m, c: m.e(c[:, 0]) + m.f(c[:, 1]), e=table(7), f=table(4)), TOKENS),
     "unbind": (Model(lambda m, c: m.e(c.unbind(1)[2]) * m.f(c.unbind(1)[4]), e=table(7), f=table(4)), TOKENS),
     "split": (Model(lambda m, c: m.e(c.split(2, 1)[1]) - m.f(c.chunk(3, 1)[2]), e=table(7), f=table(4)), TOKENS),

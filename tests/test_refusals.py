@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_capture import CLOSE, Model, agrees, random, seeded
+from test_integers import whole
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -220,6 +221,23 @@ REFUSED: dict[str, tuple[Maker, Any, str]] = {
         ROWS,
         "track_running_stats=False.*GroupNorm",
     ),
+    "integers for a layer": (of(lambda m, x: m.fc(x)), whole(5, 3, 6), r"computes with fractions.*x\.float\(\)"),
+    "fractions for a table": (lambda: nn.Embedding(6, 2).eval(), ROWS, "takes whole numbers.*torch.int64"),
+    "a table that shortens its rows": (
+        lambda: nn.Embedding(6, 2, max_norm=1.0).eval(),
+        whole(6, 3, 2),
+        r"max_norm.*torch\.renorm",
+    ),
+    "minus infinity that is no mask": (
+        of(lambda m, x: torch.relu(x + m.w), w=torch.full((6,), -torch.inf)),
+        ROWS,
+        "infinity.*read by a softmax alone",
+    ),
+    "a loop over the batch": (
+        of(lambda m, x: torch.stack([m.fc(row) for row in x])),
+        ROWS,
+        "without a loop over its rows",
+    ),
     "an index from the input": (of(lambda m, x: x.index_select(1, x.argmax(1))), ROWS, r"F\.one_hot\(index, n\)"),
     "a power of a negative": (of(lambda m, x: (-2.0) ** x), ROWS, "bases are positive"),
 }
@@ -292,6 +310,18 @@ def test_a_state_may_be_an_input(layer: Any, count: int, states: int) -> None:
 def test_a_recurrent_layer_with_the_sequence_first_takes_what_is_transposed() -> None:
     layer = nn.RNN(6, 4, nonlinearity="relu")
     agrees(Model(lambda m, x: m.layer(x.transpose(0, 1))[0].transpose(0, 1), layer=layer), random(3, 2, 6))
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_a_table_is_shortened_once(kind: Any) -> None:
+    torch.manual_seed(0)
+    model, ids = kind(6, 4, max_norm=1.0).eval(), whole(6, 3, 2)
+    with pytest.raises(tacit.CompileError) as caught:
+        tacit.compile(model, ids)
+    before = model.weight.detach().clone()
+    exec(str(caught.value).partition("before: ")[2], {"torch": torch, "module": model})
+    expected = kind(6, 4, max_norm=1.0, _weight=before)(ids).detach()
+    assert (tacit.compile(model, ids)(ids) - expected).abs().max() < 2**-8
 
 
 # --- what changes nothing, is not asked, or is known ---

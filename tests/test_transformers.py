@@ -84,6 +84,25 @@ PRODUCTS: dict[str, nn.Module] = {
     "scores masked by minus infinity": two(
         lambda a, b: (a @ b.transpose(1, 2)).masked_fill(torch.ones(4, 4).triu(1).bool(), -torch.inf).softmax(-1) @ b
     ),
+    "minus infinity added to scores": two(
+        lambda a, b: ((a @ b.transpose(1, 2)) / 2 + torch.full((4, 4), -torch.inf).triu(1)).softmax(-1) @ b
+    ),
+    "a mask in other shapes": two(
+        lambda a, b: (
+            ((a @ b.transpose(1, 2)).flatten(1) + torch.full((4, 4), -1e9).tril(-2).flatten() + torch.ones(16))
+            .view(-1, 4, 4)
+            .softmax(-1)
+            @ b
+        )
+    ),
+    "masked multi-head attention": Model(
+        lambda m, x: m.a(x, x, x, attn_mask=torch.full((4, 4), -torch.inf).triu(1).expand(2 * len(x), 4, 4))[0],
+        a=nn.MultiheadAttention(8, 2, batch_first=True),
+    ),
+    "a matrix for each head": Model(
+        lambda m, x: torch.einsum("bhd,hde->bhe", x.view(-1, 4, 2, 4)[:, :, 0], m.w), w=random(4, 4, 3)
+    ),
+    "log of sums of exponentials": two(lambda a, b: torch.logaddexp(8 * a, b) + torch.logaddexp2(a, torch.zeros(6))),
     "multi-head attention": Model(lambda m, x: m.a(x, x, x)[0], a=nn.MultiheadAttention(8, 2, batch_first=True)),
     "multi-head attention and its weights": Model(
         lambda m, x: m.a(x, x * 0.5, x)[1], a=nn.MultiheadAttention(8, 2, batch_first=True)

@@ -169,6 +169,27 @@ class Softplus(Layer):
         return graph.emit(MulScalar(1 / beta), graph.emit(Function("softplus"), graph.emit(MulScalar(beta), k["self"])))
 
 
+class LogAddExp(Layer):
+    """log(exp(x) + exp(y)), and that to the base 2, as y + softplus(x - y): no exponential can overflow."""
+
+    aten = ("aten.logaddexp.default", "aten.logaddexp2.default")
+    batch_anywhere = True
+
+    @classmethod
+    def capture(cls, graph: Capture, **k: Any) -> str:
+        from tacit.ir.ops.compare import difference
+
+        x, y = k["self"], k["other"]
+        if graph.is_weight(x):
+            x, y = y, x
+        base = math.log(2) if "logaddexp2" in graph.target else 1.0
+        apart = difference(graph, x, y)
+        apart = apart if base == 1 else graph.emit(MulScalar(base), apart)
+        above = graph.emit(Function("softplus"), apart)
+        above = above if base == 1 else graph.emit(MulScalar(1 / base), above)
+        return graph.emit(Add(), above, y)
+
+
 _ROOTS = {-1.0: "reciprocal", 0.5: "sqrt", -0.5: "rsqrt"}
 
 

@@ -14,6 +14,7 @@ from tacit.ir.op import Sample, expect
 from tacit.ir.ops import linear as fixed_linear
 from tacit.ir.ops import local
 from tacit.ir.ops.layer import WHOLE, Layer, inverse, real
+from tacit.ir.ops.masks import finite
 from tacit.ir.ops.model import ModelOp
 from tacit.ir.ops.moves import permuted, reshaped
 from tacit.ir.types import Batch, Shape, Type, broadcast
@@ -48,6 +49,7 @@ class Add(ModelOp):
             return either(graph, x, y)
         if factor != 1.0:
             y = graph.emit(MulScalar(factor), y)
+        x, y = finite(graph, x), finite(graph, y)
         return graph.emit(cls(), y, x) if graph.is_weight(x) else graph.emit(cls(), x, y)
 
     def is_whole(self, *operands: bool) -> bool:
@@ -98,7 +100,6 @@ class Mul(ModelOp):
 
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str:
-        from tacit.ir.ops.compare import finite
         from tacit.ir.ops.products import product, quotient
 
         x, y = k["self"], k["other"]

@@ -11,6 +11,7 @@ from tacit.ir.op import Sample, expect
 from tacit.ir.ops import choice, local
 from tacit.ir.ops.arithmetic import Add, AddScalar, Mul, MulScalar
 from tacit.ir.ops.layer import Layer, real
+from tacit.ir.ops.masks import finite
 from tacit.ir.ops.model import ModelOp
 from tacit.ir.ops.products import Times
 from tacit.ir.ops.whole import Within
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 _N = Batch()
-# What stands for minus infinity before a softmax: exp of it is 0, beside scores of up to some hundreds.
-MASKED = -512.0
-_NO_SCORE = -1e6
 
 
 @dataclass(frozen=True)
@@ -208,12 +206,6 @@ class Threshold(Layer):
         below = graph.emit(AddScalar(-reach), graph.emit(MulScalar(-1.0), x))
         kept = [graph.emit(Selection(strict=True), side, x) for side in (above, below)]
         return graph.emit(Add(), *kept)
-
-
-def finite(graph: Capture, value: Any) -> Any:
-    """A number that masks scores of a softmax, minus infinity or as good as that, as one that has few bits."""
-    masks = isinstance(value, (int, float)) and value <= _NO_SCORE and graph.before_softmax()
-    return MASKED if masks else value
 
 
 def difference(graph: Capture, x: str, y: Any) -> str:

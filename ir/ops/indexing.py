@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tacit.ir.ops.arithmetic import Add
-from tacit.ir.ops.compare import chosen, finite
+from tacit.ir.ops.compare import chosen
 from tacit.ir.ops.layer import Layer
+from tacit.ir.ops.masks import finite
 from tacit.ir.ops.moves import Concat, Expand, reshaped, taken
 
 if TYPE_CHECKING:

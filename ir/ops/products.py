@@ -13,6 +13,7 @@ from tacit.ir.ops import bilinear
 from tacit.ir.ops.affine import Linear
 from tacit.ir.ops.arithmetic import Add, MulScalar
 from tacit.ir.ops.layer import Layer, real
+from tacit.ir.ops.masks import finite
 from tacit.ir.ops.model import ModelOp
 from tacit.ir.ops.moves import Expand, Reshape, permuted, reshaped
 from tacit.ir.types import Batch, Type, broadcast, dim_at
@@ -122,8 +123,8 @@ class MatrixProduct(Layer):
         if "baddbmm" in graph.target:
             if (k["alpha"], k["beta"]) != (1, 1):
                 graph.unsupported("baddbmm with factors")
-            product = cls.of(graph, k["batch1"], k["batch2"])
-            first, second = (product, k["self"]) if graph.is_weight(k["self"]) else (k["self"], product)
+            product, added = cls.of(graph, k["batch1"], k["batch2"]), finite(graph, k["self"])
+            first, second = (product, added) if graph.is_weight(added) else (added, product)
             return graph.emit(Add(), first, second)
         return cls.of(graph, k["self"], k["mat2" if "mat2" in k else "other"])
 
@@ -214,7 +215,15 @@ class Einsum(Layer):
         batch = [c for c in left if c in both and c in output]
         rows, columns = ([c for c in t if c not in both] for t in (left, right))
         if graph.is_weight(y):
-            return cls._by_constant(graph, x, y, left, right, output, sizes, (batch, rows, summed, columns))
+            if batch[:1] == [left[0]]:  # a constant that the batch repeats is there once
+                y = graph.reshaped_weight(
+                    y, [n for c, n in zip(right, graph.fixed_shape(y), strict=True) if c != left[0]]
+                )
+                right, batch = right.replace(left[0], ""), batch[1:]
+            if not batch:
+                return cls._by_constant(graph, x, y, left, right, output, sizes, (rows, summed, columns))
+            y, right, batch = graph.valued(y, len(right) + 1), left[0] + right, [left[0], *batch]
+            rows = [c for c in rows if c != left[0]]
         if not batch or left[0] != right[0] or batch[0] != left[0] or output[0] != left[0]:
             graph.unsupported(
                 f"in the einsum '{equation}' the batch has to be the first letter of both and of the result"
@@ -237,9 +246,10 @@ class Einsum(Layer):
     def _by_constant(
         graph: Capture, x: str, y: str, left: str, right: str, output: str, sizes: dict[str, int], groups: Any
     ) -> str:
-        batch, rows, summed, columns = groups
-        if batch or not rows or rows[0] != left[0] or output[0] != left[0]:
-            graph.unsupported("an einsum with a constant that shares a dimension with the result and with the input")
+        rows, summed, columns = groups
+        rows = rows if rows[:1] == [left[0]] else [left[0], *rows]
+        if output[0] != left[0]:
+            graph.unsupported("an einsum with a constant, of which the result has the batch in another place")
         value = graph.value(y).permute([right.index(c) for c in (*columns, *summed)])
         wide = math.prod(sizes[c] for c in columns), math.prod(sizes[c] for c in summed)
         weight = graph.constant("einsum", value.reshape(wide).contiguous())

@@ -18,9 +18,9 @@ from tacit.ir.op import Sample, expect
 from tacit.ir.ops import local
 from tacit.ir.ops.arithmetic import Add, AddScalar, MulScalar
 from tacit.ir.ops.bilinear import MatMul, Times
-from tacit.ir.ops.compare import MASKED
 from tacit.ir.ops.known import WithinHull
 from tacit.ir.ops.layer import Layer, real
+from tacit.ir.ops.masks import MASKED
 from tacit.ir.ops.model import AsReal, ModelOp
 from tacit.ir.ops.moves import Permute, Reshape, reshaped
 from tacit.ir.ops.nonlinear import FixedMaxPool2d
