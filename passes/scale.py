@@ -89,6 +89,8 @@ def _tried(draft: Draft, least: int, jumps: bool, free: bool) -> tuple[Draft, Te
     while frac < MOST_FRAC_BITS and (found.max() > CLOSE or (jumps and not _spared(draft, frac, free))):
         frac = min(frac + (2 if found.max() > 2 * CLOSE else 1), MOST_FRAC_BITS)
         found = misses(_at(draft, frac), approximated=free and jumps)
+    if frac == least and _is_large(draft):
+        return _at(draft, frac), found  # as without edges: range analysis says whether it fits
     fitting = next((bits for bits in range(frac, _TRIAL_FRAC - 1, -1) if fits(_at(draft, bits))), least)
     if fitting != frac:
         frac, found = fitting, misses(_at(draft, fitting), approximated=free and jumps)
