@@ -41,7 +41,7 @@ class ElementsByAMask(Block):
 
 class IndexFromTheInput(Block):
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc.weight[x.argmax(1)]
+        return self.fc.weight[:, x.argmax(1)].t()
 
 
 class Conditional(Block):
