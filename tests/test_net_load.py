@@ -100,7 +100,7 @@ def soak(folder: Path, requests: int, warm_up: int) -> None:
 
 
 def test_a_short_soak(tmp_path: Path) -> None:
-    soak(tmp_path, 320, 160)
+    soak(tmp_path, 160, 80)
 
 
 @pytest.mark.slow

@@ -76,14 +76,14 @@ QUIET = settings(
 
 
 @seed(0)
-@settings(QUIET, max_examples=5)
+@settings(QUIET, max_examples=3)
 @given(networks())
 def test_a_few_random_networks(network: Network) -> None:
     agree(network)
 
 
 @seed(1)
-@settings(QUIET, max_examples=4)
+@settings(QUIET, max_examples=3)
 @given(networks())
 def test_a_few_by_the_textbook_suite(network: Network) -> None:
     agree(network, "securenn")

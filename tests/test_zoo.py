@@ -17,9 +17,9 @@ from tacit.ir.ops.roles import Reveal
 from tacit.runtime.net.deployment import Limits
 from tacit.runtime.net.pushing import read_plan
 
-FAST = ("resnet18", "shufflenet_v2_x0_5", "squeezenet1_1")
+FAST = ("resnet18", "shufflenet_v2_x0_5")
 NAMES = zoo.names()
-RESNET50_SECONDS, SLOWEST_SECONDS = 20, 90  # of all cores together
+RESNET50_SECONDS, SLOWEST_SECONDS = 20, 400  # of all cores together
 
 
 fast = cache(zoo.compile_one)
