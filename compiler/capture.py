@@ -86,7 +86,7 @@ class Capture(Operands):
         if self._ranges:
             raise CompileError(f"there are {len(self._ranges)} examples more than the model has inputs")
         nodes = tuple(self.indices.bounded(node) for node in self.nodes)
-        plan = Plan(name, nodes, result, Level.MODEL, reveal=reveal, ranges="none")
+        plan = Plan(name, nodes, result, Level.MODEL, reveal=reveal)
         plan = plan.without_dead_lines()
         self.weights = {n.op.label: self.weights[n.op.label] for n in plan.find(Weight) if isinstance(n.op, Weight)}
         return plan.verify()

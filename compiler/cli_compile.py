@@ -20,6 +20,7 @@ from tacit.driver import compile as compile_model
 from tacit.ir.errors import CompileError
 from tacit.ir.files import require_folder
 from tacit.ir.ops.roles import Input
+from tacit.options import MARGIN
 from tacit.saved import PLAN_FILE, WEIGHTS_FILE
 from tacit.secure import Secure
 
@@ -62,6 +63,14 @@ def compile_command(
     ] = None,
     frac_bits: FracBits = None,
     max_error: MaxError = None,
+    ranges: Annotated[
+        str,
+        typer.Option(help="How large values can be: auto (proved where that fits, else measured), proved, measured."),
+    ] = "auto",
+    margin: Annotated[
+        int | None,
+        typer.Option(help="How many times what was seen fits a measured range; default: 4, and 16 where cheap."),
+    ] = None,
     calibration: Annotated[
         list[Path] | None,
         typer.Option(metavar="FILE", help="Inputs (.npy) on which value ranges are measured; once for each input."),
@@ -84,6 +93,8 @@ def compile_command(
                 as_arguments(loaded, measured or examples),
                 reveal=reveal,
                 protocol=protocol,
+                ranges=ranges,
+                margin=MARGIN if margin is None else margin,
                 calibration=as_arguments(loaded, measured) or None,
                 input_range=input_range,
                 frac_bits=frac_bits,
@@ -137,9 +148,7 @@ def diff_command(
     ] = None,
     frac_bits: FracBits = None,
     max_error: MaxError = None,
-    calibrated: Annotated[
-        bool, typer.Option("--calibrated", help="Measure the ranges on these inputs instead of proving them.")
-    ] = False,
+    ranges: Annotated[str, typer.Option(help="auto, proved or measured, as for compile; on these inputs.")] = "auto",
     tolerance: Annotated[float, typer.Option(min=0, help="The largest error that is not marked.")] = TOLERANCE,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also draw the errors as a heat strip (.png, .svg).")
@@ -160,7 +169,7 @@ def diff_command(
             input_range=input_range,
             frac_bits=frac_bits,
             max_error=max_error,
-            calibration=tuple(arrays) if calibrated else None,
+            ranges=ranges,
         )
         if plot is not None:
             plot_diff(found, plot)

@@ -60,8 +60,9 @@ class Diff:
 def diff(model: Model, *inputs: Any, tolerance: float = TOLERANCE, **options: Any) -> Diff:
     """Compile, then run the inputs in float64 and on the clear oracle, truncations rounded to nearest.
 
-    The options are those of `tacit.compile`. Each layer of the simplified model (batch norms folded) stands beside the
-    line that its value became. Raises CompileError and InputError.
+    The options are those of `tacit.compile`. With calibration=, that stands in for the example: ranges that are
+    measured are measured without these inputs, which may then leave them. Each layer of the simplified model (batch
+    norms folded) stands beside the line that its value became. Raises CompileError and InputError.
     """
     if not inputs:
         raise InputError("diff takes a model and inputs for it, as in tacit.diff(model, x)")
@@ -75,7 +76,9 @@ def diff(model: Model, *inputs: Any, tolerance: float = TOLERANCE, **options: An
 
 
 def _diff(model: Model, inputs: tuple[Any, ...], tolerance: float, options: Mapping[str, Any]) -> Diff:
-    draft = prepare(model, inputs if len(inputs) > 1 else inputs[0], **options)
+    given = options.get("calibration")
+    example = given if given is not None else inputs if len(inputs) > 1 else inputs[0]
+    draft = prepare(model, example, **options)
     float_plan, final = draft, draft
     for _, found in stages(draft):
         float_plan = found if found.plan.level is Level.MODEL else float_plan

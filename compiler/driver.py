@@ -18,9 +18,21 @@ from tacit.examples import bound_examples, require_fit, require_tensors
 from tacit.explain import sequence_first
 from tacit.export import export
 from tacit.faithful import float_answers, require_faithful
-from tacit.ir.errors import PrecisionWarning
-from tacit.options import Range, read_frac_bits, read_max_error, read_name, read_protocol, read_ranges, read_reveal
+from tacit.options import (
+    MARGIN,
+    Range,
+    read_frac_bits,
+    read_how,
+    read_margin,
+    read_max_error,
+    read_name,
+    read_protocol,
+    read_ranges,
+    read_reveal,
+)
 from tacit.passes import Draft, run_pipeline
+from tacit.passes.ranges import told_of_ranges
+from tacit.passes.trial import count
 from tacit.probes import EDGES, edges, measured, probes
 from tacit.progress import log, waiting
 from tacit.runtime.leaving import stops_at_exit
@@ -38,6 +50,8 @@ def compile(
     *,
     reveal: str = "logits",
     protocol: str = "fused",
+    ranges: str = "auto",
+    margin: int | tuple[int, int] = MARGIN,
     calibration: Any = None,
     input_range: Range | Sequence[Range] | None = None,
     frac_bits: int | None = None,
@@ -53,7 +67,13 @@ def compile(
         keys are names of forward's parameters holds its arguments by name; `({...},)` is one argument.
     reveal: what the client learns: "logits", "argmax", or "correct" (how many of a batch match secret targets).
     protocol: "fused" (three-round comparisons) or "securenn" (the textbook suite, a baseline).
-    calibration: inputs on which value ranges are measured, with a margin of one bit; without them, ranges are proved.
+    ranges: how large values can become. "auto": proved from the input's range and the weights, for every input; where
+        that takes more bits than there are, as in deep networks, measured on the example, on calibration data and on
+        random inputs of the range. "proved" insists, "measured" measures in any case, which takes fewer bytes. The
+        plan's lines say what was measured, and a RangeWarning tells if few inputs stood behind it.
+    margin: how many times the largest magnitude seen fits a measured range, a power of two: the least, and what is
+        taken wherever it is cheap; or one number for both.
+    calibration: typical inputs, on which ranges are measured where they are not proved. Some hundred are many.
     input_range: (low, high), or one such pair for each input. Clients refuse inputs outside it. Default: symmetric,
         to the power of two at or above twice the largest magnitude of the example, at least 4; all that uint8, int8
         and bool hold. The range of indices is that of the tables they are looked up in, whatever is given here.
@@ -76,6 +96,8 @@ def compile(
     options: dict[str, Any] = {
         "reveal": reveal,
         "protocol": protocol,
+        "ranges": ranges,
+        "margin": margin,
         "frac_bits": frac_bits,
         "max_error": max_error,
         "name": name,
@@ -93,8 +115,8 @@ def compile(
         )
         draft = run_pipeline(draft, kept.plan)
     log.info("compiled %s: %d lines, %.2f s", draft.plan.name, len(draft.plan.nodes), time.perf_counter() - begin)
-    for told in draft.doubts:
-        warnings.warn(told, PrecisionWarning, stacklevel=3)  # the caller of compile
+    for told in (*draft.doubts, *told_of_ranges(draft)):
+        warnings.warn(told, stacklevel=3)  # the caller of compile
     return Secure(draft.plan, draft.weights, answer=draft.answer)
 
 
@@ -104,6 +126,8 @@ def prepare(
     *,
     reveal: str = "logits",
     protocol: str = "fused",
+    ranges: str = "auto",
+    margin: int | tuple[int, int] = MARGIN,
     calibration: Any = None,
     input_range: Range | Sequence[Range] | None = None,
     frac_bits: int | None = None,
@@ -117,6 +141,7 @@ def prepare(
     `exported` is shown the graph before it is captured.
     """
     reveal, protocol, name = read_reveal(reveal), read_protocol(protocol), read_name(name)
+    ranges, margin = read_how(ranges), read_margin(margin)
     frac_bits, max_error = read_frac_bits(frac_bits), read_max_error(max_error)
     arguments = arguments_of(model, example_inputs, kwargs)
     require_tensors(arguments, "example_inputs")
@@ -135,14 +160,19 @@ def prepare(
         require_tensors(given, "calibration")
         shown = bound_examples([slot for slot in slots_of(plan) if slot.label in examples], given, "calibration")
         require_fit(plan, shown, "calibration")
+    inputs = measured(plan, examples, shown or {})
+    example, calibrated = count(examples), count(shown or {})
     return Draft(
         plan.with_nodes(plan.nodes, protocol=protocol),
         capture.weights,
         probes(plan, examples, shown),
         interpret,
-        measured(plan, shown or {}),
-        frac_bits,
-        max_error,
+        inputs,
+        frac_bits=frac_bits,
+        max_error=max_error,
+        ranges=ranges,
+        margin=margin,
+        rows=(example, calibrated, count(inputs) - example - calibrated),
         edges=edges(plan),
         kinds=EDGES,
         floats=partial(float_answers, program),

@@ -12,12 +12,16 @@ import torch
 
 from tacit.ir.errors import CompileError
 from tacit.ir.given import integer_of, number_of, shown
+from tacit.ir.plan import MOST_MARGIN
+from tacit.passes.draft import MOST_FRAC_BITS
 from tacit.passes.lower import SUITES
-from tacit.passes.quantise import MOST_FRAC_BITS
 
 Tensor = torch.Tensor
 Range = tuple[float, float]
 REVEALS = ("logits", "argmax", "correct")
+RANGES = ("auto", "proved", "measured")
+# Measured ranges have room for so many times what was seen: no less than the first, the second where it is cheap.
+MARGIN = (4, 16)
 # Without a declared range, inputs may reach this far at least; and no input may reach further than the last.
 _LEAST_REACH, _MOST_REACH = 4.0, 2.0**40
 _LEAST_ERROR, _MOST_ERROR = 2.0**-20, 2.0**-3
@@ -56,6 +60,24 @@ def read_max_error(value: Any) -> float | None:
     if found is None or not _LEAST_ERROR <= found <= _MOST_ERROR:
         raise CompileError(f"max_error has to be a number from 2^-20 to 2^-3, not {shown(value)}")
     return found
+
+
+def read_how(value: Any) -> str:
+    """How ranges are found; raises CompileError."""
+    return read_choice("ranges", value, RANGES)
+
+
+def read_margin(value: Any) -> tuple[int, int]:
+    """(least, wanted), or one number for both: powers of two from 2 on; raises CompileError."""
+    given = _items(value) or [value]
+    found = [integer_of(item) for item in given]
+    powers = [item for item in found if item is not None and 2 <= item <= MOST_MARGIN and item & (item - 1) == 0]
+    if len(powers) < len(found) or len(found) > 2 or powers != sorted(powers):
+        raise CompileError(
+            "margin has to be a power of two from 2 to 65536, or two of them, the least and the one that is wanted "
+            f"where it is cheap, not {shown(value)}"
+        )
+    return powers[0], powers[-1]
 
 
 def read_name(value: Any) -> str | None:

@@ -12,8 +12,9 @@ from tacit.ir.plan import Plan
 from tacit.secure import check_input
 
 Tensor = torch.Tensor
-# Inputs from all over the range; of calibration data, it takes more.
-_PROBES, _CALIBRATED_PROBES = 16, 64
+# Inputs from all over the range, fewer where each takes long; of calibration data, it takes more.
+_PROBES, _FEW_PROBES, _CALIBRATED_PROBES = 16, 4, 64
+_LARGE = 1 << 20  # values of a network of which each input takes long
 # The kinds of edges: all low, all high and zero; around a value above the middle; around zero.
 EDGES = ("blank", "blank", "blank", "faint", "dim")
 # The standard deviation of faint inputs: about a quarter of a step of 8 bits in an image from 0 to 1; in proportion for
@@ -23,19 +24,25 @@ _DEVIATION, _USUAL_RANGE = 1e-3, 16.0
 
 def probes(plan: Plan, examples: Mapping[str, Tensor], calibration: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """Inputs on which scales are tried out: the whole example, and calibration data or values all over the range."""
+    if calibration is not None:
+        more = {op.label: calibration[op.label][:_CALIBRATED_PROBES].double() for _, op in inputs_of(plan)}
+    else:
+        more = spread(plan)
+    return _with_targets(plan, {label: torch.cat([examples[label].double(), x]) for label, x in more.items()})
+
+
+def spread(plan: Plan) -> dict[str, Tensor]:
+    """Inputs drawn from all over the range, always the same ones."""
     generator = torch.Generator().manual_seed(0)
-    chosen = {}
-    for _, op in inputs_of(plan):
-        shown = examples[op.label].double()
-        if calibration is not None:
-            more = calibration[op.label][:_CALIBRATED_PROBES].double()
-        else:
-            spread = torch.rand((_PROBES, *shown.shape[1:]), generator=generator, dtype=torch.float64)
-            low, high = op.ends(shown.shape[1:])
-            spread = low + spread * (high - low)
-            more = spread.round() if op.integers else spread
-        chosen[op.label] = torch.cat([shown, more])
-    return _with_targets(plan, chosen)
+    large = sum(node.type.at(1).numel for node in plan.nodes if node.type.batched) > _LARGE
+    found = {}
+    for name, op in inputs_of(plan):
+        shape = plan.node(name).type.at(1).dims[1:]
+        low, high = op.ends(shape)
+        x = torch.rand((_FEW_PROBES if large else _PROBES, *shape), generator=generator, dtype=torch.float64)
+        x = low + x * (high - low)
+        found[op.label] = x.round() if op.integers else x
+    return found
 
 
 def edges(plan: Plan) -> dict[str, Tensor]:
@@ -59,10 +66,16 @@ def edges(plan: Plan) -> dict[str, Tensor]:
     return _with_targets(plan, chosen)
 
 
-def measured(plan: Plan, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if not given:
-        return {}
-    return _with_targets(plan, {op.label: check_input(plan.node(n), given[op.label]) for n, op in inputs_of(plan)})
+def measured(plan: Plan, examples: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs on which ranges are measured: the example, calibration data, values all over the range, blank ones."""
+    parts = [
+        {op.label: check_input(plan.node(n), x[op.label]) for n, op in inputs_of(plan)} for x in (examples, given) if x
+    ]
+    blank = {label: x[[kind == "blank" for kind in EDGES]] for label, x in edges(plan).items()}
+    parts += [spread(plan), blank]
+    return _with_targets(
+        plan, {op.label: torch.cat([x[op.label].double() for x in parts]) for _, op in inputs_of(plan)}
+    )
 
 
 def _with_targets(plan: Plan, values: dict[str, Tensor]) -> dict[str, Tensor]:

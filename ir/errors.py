@@ -56,6 +56,10 @@ class PrecisionWarning(UserWarning):
     """Some answers are not as accurate as promised, however many bits there are; the message names the layer."""
 
 
+class RangeWarning(UserWarning):
+    """Ranges of values were measured on few inputs, not proved; the message says on how many."""
+
+
 class DivergenceError(TacitError):
     """The secure run and the clear oracle disagree; the message names the first node."""
 

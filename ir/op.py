@@ -114,6 +114,8 @@ class Op:
     rings: ClassVar[tuple[int, ...]] = (RING_BITS,)
     # The suite of protocols that this op belongs to; "" for one that all have.
     suite: ClassVar[str] = ""
+    # Whether `bound` loses nothing: what the operand's interval allows can occur. Measuring such a value tells no more.
+    tight: ClassVar[bool] = False
     # Which value of a plan's `reveal` says the truth where the result of this op is what is revealed, beside "logits".
     reveals: ClassVar[str] = ""
     # For the leakage statement: what the client learns where the result of this op is what is revealed.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import networkx as nx
 
 from tacit.ir.cost import P0, P1, P2, ROLES, Cost, Link, Randomness
-from tacit.ir.errors import CompileError, PlanError, drawn
+from tacit.ir.errors import CompileError, PlanError, drawn, number
 from tacit.ir.given import batch_of
 from tacit.ir.op import Level, Op, Subprotocol, inferred
 from tacit.ir.types import Type
@@ -25,11 +25,16 @@ if TYPE_CHECKING:
 # Batch sizes for which a plan remembers its nodes.
 _LITTLE = 5 << 20  # bytes of an inference, see `PlanCost.little`
 _SIZES = 16
+MOST_MARGIN = 1 << 16  # of a measured range
 
 
 @dataclass(frozen=True)
 class Node:
-    """One line of a plan: `%name : type = op %arg, ..., attribute=value  @path`."""
+    """One line of a plan: `%name : type = op %arg, ..., attribute=value  @path`.
+
+    margin: 0 where the width of its type is proved. Otherwise it was measured: that many times the largest magnitude
+    seen fits it, and a value that is larger still may give a wrong answer. Printed behind the type, as in ~16x.
+    """
 
     name: str
     op: Op
@@ -38,6 +43,7 @@ class Node:
     path: str = ""  # the PyTorch module it comes from
     source: str = field(default="", compare=False)  # file and line in the user's model; not printed
     origin: str = field(default="", compare=False)  # the line of the model level that it comes from; not printed
+    margin: int = 0
 
 
 def _declaration(op: Op) -> tuple[str, str]:
@@ -171,7 +177,6 @@ class Plan:
     level: Level = Level.PROTOCOL
     protocol: str = "fused"
     reveal: str = "logits"
-    ranges: str = "proved"
 
     def __str__(self) -> str:
         return self._text
@@ -202,6 +207,13 @@ class Plan:
     def digest(self) -> str:
         """SHA-256 of the canonical text, in hexadecimal."""
         return hashlib.sha256(str(self).encode()).hexdigest()
+
+    @cached_property
+    def ranges(self) -> str:
+        """proved, or measured if some lines are; none of real numbers."""
+        if self.level is Level.MODEL:
+            return "none"
+        return "measured" if any(node.margin for node in self.nodes) else "proved"
 
     @cached_property
     def by_name(self) -> dict[str, Node]:
@@ -407,6 +419,8 @@ class Plan:
         # Range analysis may claim a smaller width than the types alone give, never a larger one.
         if found.with_(width=node.type.width) != node.type or node.type.width > found.width:
             raise PlanError(f"%{node.name} is declared {node.type}, but {node.op.name} gives {found}")
+        if node.margin and (node.type.kind != "secret" or node.op.declares or not 2 <= node.margin <= MOST_MARGIN):
+            raise PlanError(f"%{node.name} says ~{number(node.margin)}x: secrets have margins, 2 to {MOST_MARGIN}")
         if node.type.kind == "client":
             self._verify_answer(node)
 

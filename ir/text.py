@@ -1,7 +1,8 @@
 """The text of a plan: one grammar, a printer and a parser, parse(print(p)) == p.
 
     plan     = "plan" name "{" header "\\n" line* "  return %" name "\\n" "}" "\\n" "seal" sha256
-    line     = "%" name ":" type "=" op ["%" name ("," "%" name)*] [","] [key "=" value ("," ...)] ["@" path]
+    line     = "%" name ":" type ["~" margin "x"] "=" op ["%" name ("," "%" name)*] [","] [key "=" value ("," ...)]
+               ["@" path]
     comment  = "#" ...            derived columns: dropped by the parser, printed anew from the plan
 
 A name that comes from the model may hold what the grammar has other uses for. Such characters, and others that are no
@@ -34,7 +35,9 @@ _LONG_CALL, _LONG_LINE = 120, 260
 MAX_LINES, MAX_LINE = 1 << 16, 1 << 16  # lines, and characters of one
 _MAX_DIGITS = 40  # of a whole number: more than any ring or shape asks for
 # What a line begins with. Possessive: what one part took, the next cannot ask back, so a line is read once.
-_BEGIN = re.compile(r"%(?P<name>\w++)\s*+:\s*+(?P<type>\w++<[^>]*+>)\s*+=\s*+(?P<op>[\w.]++)")
+_BEGIN = re.compile(
+    r"%(?P<name>\w++)\s*+:\s*+(?P<type>\w++<[^>]*+>)\s*+(?:~(?P<margin>\d++)x\s*+)?=\s*+(?P<op>[\w.]++)"
+)
 _TITLE = re.compile(r"plan ([\w.]++) \{  ")
 _FORBIDDEN = re.compile(r"[^\w.\-;:()\[\]{}]")
 _ESCAPES = re.compile(r"(?:~[0-9A-F]{2})++")
@@ -60,7 +63,7 @@ def print_plan(plan: Plan) -> str:
 
 def node_text(node: Node) -> str:
     """One line, unaligned, without derived columns."""
-    return f"  %{node.name} : {node.type} = {_call(node)}" + (f"  @{_escaped(node.path)}" if node.path else "")
+    return f"  %{node.name} : {_stated(node)} = {_call(node)}" + (f"  @{_escaped(node.path)}" if node.path else "")
 
 
 def parse_plan(text: str) -> Plan:
@@ -73,9 +76,7 @@ def parse_plan(text: str) -> Plan:
     if not result:
         raise drawn(lines, len(lines) - 3, "expected 'return %name'")
     nodes = tuple(_parse_line(lines, i) for i in range(1, len(lines) - 3))
-    plan = Plan(
-        name, nodes, result.group(1), Level(header["level"]), header["protocol"], header["reveal"], header["ranges"]
-    )
+    plan = Plan(name, nodes, result.group(1), Level(header["level"]), header["protocol"], header["reveal"])
     _verify_drawn(plan, lines)
     _verify_seal(plan, lines)
     return plan
@@ -103,7 +104,7 @@ def _header_value(plan: Plan, key: str) -> str:
 
 
 def _aligned(plan: Plan) -> list[str]:
-    rows = [(f"%{n.name}", str(n.type), _call(n), f"@{_escaped(n.path)}" if n.path else "") for n in plan.nodes]
+    rows = [(f"%{n.name}", _stated(n), _call(n), f"@{_escaped(n.path)}" if n.path else "") for n in plan.nodes]
     widths = [_width((row[i] for row in rows), _LONG_CALL) for i in range(4)]
     return [
         f"  {a:<{widths[0]}} : {b:<{widths[1]}} = {c:<{widths[2]}}  {d:<{widths[3]}}".rstrip() for a, b, c, d in rows
@@ -131,6 +132,11 @@ def _figure(row: NodeCost) -> str:
     span = "" if rounds == 0 else f"{row.start + 1}" if rounds == 1 else f"{row.start + 1}-{row.start + rounds}"
     figures = [f"{b:>11,}" if b else " " * 11 for b in (row.cost.online_bytes, row.cost.offline_bytes)]
     return f"{span:>7} {figures[0]} {figures[1]}"
+
+
+def _stated(node: Node) -> str:
+    """The type, and the margin of a range that was measured."""
+    return f"{node.type} ~{node.margin}x" if node.margin else str(node.type)
 
 
 def _call(node: Node) -> str:
@@ -202,6 +208,8 @@ def _parse_header(lines: list[str]) -> tuple[str, dict[str, str]]:
     header = {key: value for key, _, value in parts}
     if tuple(key for key, _, _ in parts) != _HEADER or header["level"] not in {level.value for level in Level}:
         raise drawn(lines, 0, f"the header gives {', '.join(_HEADER)}, in this order")
+    if header["ranges"] not in ("none", "proved", "measured"):
+        raise drawn(lines, 0, "ranges are proved or measured; plans of earlier versions have to be compiled again")
     return title.group(1), header
 
 
@@ -216,9 +224,16 @@ def _parse_line(lines: list[str], i: int) -> Node:
         if op_type is None:
             raise PlanError(Op.retired.get(found["op"], f"there is no op '{shortened(found['op'])}'"))
         args, attributes = _parse_operands(line[found.end() :], op_type)
-        return Node(found["name"], op_type(**attributes), args, Type.parse(found["type"]), _path(path))
+        declared, margin = Type.parse(found["type"]), _margin(found["margin"])
+        return Node(found["name"], op_type(**attributes), args, declared, _path(path), margin=margin)
     except PlanError as error:
         raise drawn(lines, i, str(error)) from None
+
+
+def _margin(text: str | None) -> int:
+    if text is not None and (len(text) > _MAX_DIGITS or not int(text)):
+        raise PlanError(f"'~{shortened(text)}x' is not a margin, as in ~16x")
+    return int(text or 0)
 
 
 def _path(text: str) -> str:

@@ -11,11 +11,11 @@ from pathlib import Path
 from tacit.ir.errors import CompileError
 from tacit.ir.files import write_whole
 from tacit.ir.plan import Plan
-from tacit.passes.bound import bound_ranges
 from tacit.passes.draft import Draft
 from tacit.passes.lower import hoist_weight_openings, lower_to_protocol, number_lines, reveal_result, schedule_rounds
 from tacit.passes.quantise import expand_to_fixed_point, fuse_truncation_into_relu
-from tacit.passes.rings import choose_rings, spare_weight_bits
+from tacit.passes.ranges import bound_ranges
+from tacit.passes.rings import choose_rings, fit_small_ring
 from tacit.passes.scale import choose_scale
 from tacit.passes.simplify import drop_no_ops, drop_softmax_before_argmax, fold_batch_norm, move_max_pool_before_relu
 
@@ -31,7 +31,7 @@ PIPELINE: tuple[Pass, ...] = (
     expand_to_fixed_point,
     fuse_truncation_into_relu,
     bound_ranges,
-    spare_weight_bits,
+    fit_small_ring,
     lower_to_protocol,
     reveal_result,
     hoist_weight_openings,

@@ -14,72 +14,152 @@ from tacit.ir.ops.roles import Input, Weight
 from tacit.ir.ops.spline import FixedFunction
 from tacit.ir.plan import Node, Plan
 from tacit.ir.ranges import DENSE, Interval, compact
-from tacit.ir.types import Type, bits_for
+from tacit.ir.types import RING_BITS, Type, bits_for
 from tacit.passes.draft import Draft, Values
+from tacit.passes.observed import Seen, observe
 
-Tensor = torch.Tensor
-# Room of one bit above what calibration data showed; the plan says so.
-_MARGIN = 2
-PROVED, CALIBRATED = "proved", f"calibrated_{_MARGIN}x"
 # The widest value that every protocol takes: a difference and a truncation still fit.
 WIDEST = TRUNCATION_WIDTH - 1
+# Bits of the ring above what was measured that stay free: a value that leaves its range by less wraps around nothing.
+FREE_BITS = 4
+WIDEST_MEASURED = RING_BITS - FREE_BITS
+
+
+class TooWide(CompileError):
+    """A value does not fit the ring; `excess`: by how many bits."""
+
+    def __init__(self, message: str, excess: int) -> None:
+        super().__init__(message)
+        self.excess = excess
 
 
 @dataclass(frozen=True)
 class Bounded:
-    """A line with its interval, those of its operands, and whether calibration narrowed it."""
+    """A line with its interval, those of its operands, and its margin if it was measured rather than proved."""
 
     node: Node
     interval: Interval
-    operands: tuple[Interval, ...]
-    narrowed: bool
+    operands: tuple[Interval, ...] = ()
+    margin: int = 0
 
 
-def bound_ranges(draft: Draft) -> Draft:
-    """Give every value the width it needs, proved from the input's range and the weights.
+def bounded(draft: Draft) -> Draft:
+    """Give every value the width it needs, proved from the input's range and the weights, or measured.
 
     Intervals are propagated through the quantised network, truncation included, element by element or channel by
-    channel, in float64 with an outward margin. Calibration data, where given, narrows them to twice what was seen;
-    the plan then says so, unless the proved ones were as narrow everywhere. A value that would not fit is a compile
-    error that names the layer. A function of one number becomes polynomials here, over the range of its operand.
+    channel, in float64 with an outward margin. Where proofs do not fit the ring, and the draft says "auto", values
+    whose proved interval is wider get a multiple of what inputs have shown; the lines say so. A value that would not
+    fit either is a compile error that names the layer. A function of one number becomes polynomials here, over the
+    range of its operand.
     """
+    if draft.ranges != "measured":
+        try:
+            return _typed(draft, intervals(draft))
+        except CompileError:
+            if draft.ranges == "proved" or not draft.calibration:
+                raise
+    draft = replace(draft, ranges="measured")
+    return _typed(draft, intervals(draft, observe(draft)))
+
+
+def _typed(draft: Draft, found: Iterator[Bounded]) -> Draft:
+    ends: dict[str, tuple[Node, int, int]] = {}
+    for one in found:
+        width = bits_for(*one.interval.ends)
+        widest = WIDEST_MEASURED if one.margin else WIDEST
+        if width > widest:
+            raise TooWide(_too_wide(draft, one, width, widest), width - widest)
+        ends[one.node.name] = one.node, width, one.margin
     types: dict[str, Type] = {}
-    nodes, label = [], PROVED
-    for found in intervals(draft):
-        label = CALIBRATED if found.narrowed else label
-        nodes.append(_with_width(draft, found, types))
-        types[found.node.name] = nodes[-1].type
-    return draft.with_(draft.plan.with_nodes(nodes, ranges=label))
+    nodes = []
+    for node, width, margin in ends.values():
+        if not node.op.declares:
+            width = min(width, inferred(node.op, tuple(types[arg] for arg in node.args)).width)
+        types[node.name] = node.type.with_(width=width)
+        nodes.append(replace(node, type=types[node.name], margin=margin))
+    return draft.with_(draft.plan.with_nodes(nodes))
 
 
-def intervals(draft: Draft) -> Iterator[Bounded]:
-    """Every line of the fixed level with its interval; one is dropped after its last use."""
-    plan, seen = draft.plan, _observed(draft)
+def intervals(draft: Draft, seen: Mapping[str, Seen] | None = None) -> Iterator[Bounded]:
+    """Every line of the fixed level with its interval; one is dropped after its last use.
+
+    seen: what inputs have shown, if ranges may be measured. A function may then be read off a narrower range than the
+    one its operand had before: the operand comes again, ahead of it, with that range.
+    """
+    plan, seen = draft.plan, seen or {}
     last = {arg: node.name for node in plan.nodes for arg in node.args}
     known: dict[str, Interval] = {}
     for node in plan.nodes:
         operands = tuple(_operand(plan, arg, draft.weights, known) for arg in node.args)
-        node = _fitted(node, operands)
-        proved = _interval(node, draft.weights, operands)
-        # Whole numbers may be indices, which have to be right for every input.
-        measured = node.name in seen and not node.op.declares and node.type.frac > 0
-        interval = proved.meet(seen[node.name]) if measured else proved
+        if isinstance(node.op, FixedFunction):
+            node, narrower = _fitted(draft, node, operands[0], seen.get(node.args[0]))
+            if narrower is not None:
+                yield narrower
+                operands = (narrower.interval,)
+        found = Bounded(node, _interval(node, draft.weights, operands), operands)
+        if node.name in seen:
+            found = _measured(draft, found, seen[node.name])
         if not isinstance(node.op, Weight):  # as float64 they would take twice the memory of the model
-            known[node.name] = interval
-        yield Bounded(node, interval, operands, interval.ends != proved.ends)
+            known[node.name] = found.interval
+        yield found
         for arg in node.args:
             if last[arg] == node.name:
                 known.pop(arg, None)
 
 
-def _fitted(node: Node, operands: Sequence[Interval]) -> Node:
-    """A function of one number becomes polynomials where its operand turns out to lie."""
-    if not isinstance(node.op, FixedFunction):
-        return node
-    try:
-        return replace(node, op=node.op.fitted(*operands))
-    except CompileError as error:
-        raise _located(node, error) from None
+def _margins(draft: Draft, name: str) -> Iterator[int]:
+    """From the one that is wanted of a line down to the least."""
+    least, margin = draft.margin
+    margin = draft.margins.get(name, margin)
+    while margin > least:
+        yield margin
+        margin //= 2
+    yield least
+
+
+def _measured(draft: Draft, found: Bounded, seen: Seen) -> Bounded:
+    """With the range that was seen and its margin, where that takes fewer bits than the proved one."""
+    proved, node = found.interval, found.node
+    if node.op.tight:
+        return found
+    for margin in _margins(draft, node.name):
+        narrow = proved.meet(seen.widened(margin, node.type))
+        if bits_for(*narrow.ends) <= WIDEST_MEASURED:
+            break
+    fewer = bits_for(*narrow.ends) < bits_for(*proved.ends)
+    return replace(found, interval=narrow, margin=margin) if fewer else found
+
+
+def _fitted(draft: Draft, node: Node, proved: Interval, seen: Seen | None) -> tuple[Node, Bounded | None]:
+    """A function of one number becomes polynomials where its operand turns out to lie; and that operand, if a range
+    that was measured had to be narrowed for it: functions may grow fast, or end somewhere."""
+    assert isinstance(node.op, FixedFunction)
+    first: CompileError | None = None
+    for interval, margin in _where(draft, node, proved, seen):
+        try:
+            fitted = replace(node, op=node.op.fitted(interval))
+        except CompileError as error:
+            first = first or error
+            continue
+        operand = draft.plan.node(node.args[0])
+        return fitted, Bounded(operand, interval, (), margin) if margin else None
+    assert first is not None
+    raise _located(node, first) from None
+
+
+def _where(draft: Draft, node: Node, proved: Interval, seen: Seen | None) -> Iterator[tuple[Interval, int]]:
+    """Ranges over which a function may be fitted, the widest first; 0 for the margin of the operand as it is.
+
+    A value that was positive everywhere may get its margin as a factor: it then stays so.
+    """
+    yield proved, 0
+    if seen is None:
+        return
+    operand = draft.plan.node(node.args[0])
+    for margin in _margins(draft, operand.name):
+        yield proved.meet(seen.widened(margin, operand.type)), margin
+        if seen.one_sided:
+            yield proved.meet(seen.stretched(margin, operand.type)), margin
 
 
 def _located(node: Node, error: CompileError) -> CompileError:
@@ -117,19 +197,9 @@ def _coarser(x: Interval) -> Interval:
     return x.hull(tuple(range(1, x.low.dim() - 1)))
 
 
-def _with_width(draft: Draft, found: Bounded, types: Mapping[str, Type]) -> Node:
-    node = found.node
-    width = bits_for(*found.interval.ends)
-    if width > WIDEST:
-        raise CompileError(_too_wide(draft, found, width))
-    if not node.op.declares:
-        width = min(width, inferred(node.op, tuple(types[arg] for arg in node.args)).width)
-    return replace(node, type=node.type.with_(width=width))
-
-
-def _too_wide(draft: Draft, found: Bounded, width: int) -> str:
+def _too_wide(draft: Draft, found: Bounded, width: int, widest: int) -> str:
     """The layer, its range, the range of what it reads, and what would help, most likely first."""
-    node, frac = found.node, draft.frac_bits or 0
+    node = found.node
     inputs = [n.op for n in draft.plan.find(Input) if isinstance(n.op, Input) and not n.op.integers]
     reads = [
         _reals(interval, draft.plan.node(arg).type.frac)
@@ -139,18 +209,15 @@ def _too_wide(draft: Draft, found: Bounded, width: int) -> str:
     lines = [
         f"module '{node.path or node.op.name}' ({node.op.name}{', ' + node.source if node.source else ''}): its values "
         f"may lie anywhere in {_reals(found.interval, node.type.frac)}, which takes {width} bits at {node.type.frac} "
-        f"fractional bits; {WIDEST} fit.",
+        f"fractional bits; {widest} fit.",
         f"It reads values in {', '.join(reads)}." if reads else "",
         "What helps:",
     ]
-    if not draft.calibration:
+    if draft.ranges == "proved":
         lines.append(
-            "  - calibration=x with typical inputs: ranges are then measured, with a margin, where the proved ones are "
-            "too wide, as they become in deep networks"
+            '  - ranges="auto": they are then measured, with a margin, where the proved ones are too wide, as they '
+            "become in deep networks"
         )
-    fewer = frac - -(-(width - WIDEST) // 2)  # a product takes the bits of both of its factors
-    if fewer >= 1:
-        lines.append(f"  - frac_bits={fewer} or less; it is {frac}")
     spans = ", ".join(f"({op.low:g}, {op.high:g})" for op in inputs)
     lines.append(f"  - a narrower input_range; it is {spans}")
     lines.append("  - weights of ordinary size: a norm behind this layer, or smaller weights in it")
@@ -160,25 +227,3 @@ def _too_wide(draft: Draft, found: Bounded, width: int) -> str:
 def _reals(interval: Interval, frac: int) -> str:
     low, high = (end / 2.0**frac for end in interval.ends)
     return f"[{low:.3g}, {high:.3g}]"
-
-
-def _observed(draft: Draft) -> dict[str, Interval]:
-    """Twice the range of every value on the calibration data."""
-    if not draft.calibration:
-        return {}
-    ends: dict[str, tuple[float, float]] = {}
-
-    def visit(node: Node, value: Tensor) -> None:
-        if node.type.batched:
-            low, high = (float(v) for v in torch.aminmax(value))
-            before = ends.get(node.name, (low, high))
-            ends[node.name] = min(low, before[0]), max(high, before[1])
-
-    step = draft.affordable
-    for i in range(0, len(next(iter(draft.calibration.values()))), step):
-        draft.estimate({label: x[i : i + step] for label, x in draft.calibration.items()}, visit)
-    out = {}
-    for name, (low, high) in ends.items():
-        margin = (_MARGIN - 1) * max(-low, high) + 1
-        out[name] = Interval.full(draft.plan.node(name).type.at(1).dims[1:], low - margin, high + margin)
-    return out

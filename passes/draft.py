@@ -15,6 +15,7 @@ Tensor = torch.Tensor
 Values = Mapping[str, Tensor]
 # interpret(plan, weights, inputs, visit=..., estimate=...): the value of every line, by the clear oracle.
 Interpret = Callable[..., dict[str, Tensor]]
+LEAST_FRAC_BITS, MOST_FRAC_BITS = 4, 20  # of activations, where they are chosen here
 # Above so many elements over all lines, inputs are tried out in fewer or smaller batches.
 _ELEMENTS = 1 << 27
 
@@ -32,7 +33,14 @@ class Draft:
     weights: Values
     probes: Values  # inputs on which scales are tried out: what the caller showed, and some from all over the range
     interpret: Interpret
-    calibration: Values = field(default_factory=dict)  # inputs that tighten the ranges; empty for none
+    calibration: Values = field(default_factory=dict)  # inputs on which ranges are measured, where they are
+    ranges: str = "auto"  # "proved", "measured", or measured where the proved ones do not fit
+    margin: tuple[int, int] = (4, 16)  # of measured ranges: the least, and the one that is wanted
+    margins: Mapping[str, int] = field(default_factory=dict)  # less than is wanted, for lines of the fixed level
+    rows: tuple[int, int, int] = (0, 0, 0)  # of the calibration: shown as an example, as such, and drawn at random
+    looks: dict[int, Any] = field(default_factory=dict)  # what calibration has shown, of networks of one structure
+    answers: dict[Any, Any] = field(default_factory=dict)  # of the float network, by the inputs: see `trial`
+    most: int = MOST_FRAC_BITS  # fractional bits with which values fit the ring
     frac_bits: int | None = None  # fractional bits of activations; None: to be chosen
     max_error: float | None = None  # of the polynomials that stand for functions such as sigmoid; None: by the scale
     spared: Mapping[str, int] = field(default_factory=dict)  # by how many bits the weights of a line have fewer
@@ -41,7 +49,8 @@ class Draft:
     edges: Values = field(default_factory=dict)  # as `probes`: blank and nearly blank inputs
     kinds: tuple[str, ...] = ()  # of the edges: blank, faint (around a value) or dim (around zero)
     floats: Callable[[Values], Tensor | None] = lambda inputs: None  # what PyTorch itself answers, if it can tell
-    doubts: tuple[str, ...] = ()  # of what the caller has to be warned
+    searched: bool = False  # whether the scale was chosen here
+    doubts: tuple[Warning, ...] = ()  # of what the caller has to be warned
     faithful: bool = False  # whether the edges are to be tried out bit for bit, with truncations as they are dealt
     close: tuple[int, ...] = ()  # the probes that are to be tried out with many draws of the truncations
 

@@ -145,7 +145,9 @@ def lower_to_protocol(draft: Draft) -> Draft:
     for node in plan.nodes:
         with b.at(node.path, node.source, node.origin):
             _lower(b, node, suite)
-    return draft.with_(b.plan(plan, plan.result))
+    margins = {node.name: node.margin for node in plan.nodes}  # the result of a line keeps its name
+    lowered = b.plan(plan, plan.result)
+    return draft.with_(lowered.with_nodes(replace(node, margin=margins.get(node.name, 0)) for node in lowered.nodes))
 
 
 def _lower(b: Builder, node: Node, suite: Mapping[type[Op], Lowering]) -> None:

@@ -13,7 +13,6 @@ from tacit.ir.plan import Node
 from tacit.ir.types import Type
 from tacit.passes.draft import Draft
 
-MOST_FRAC_BITS = 20
 # Functions are approximated to four units of the scale of activations, and to this where that is less.
 _MOST_ERROR = 2.0**-10
 # Weights get some bits more than activations: they cost nothing in any comparison.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import networkx as nx
@@ -11,7 +12,7 @@ from tacit.ir.ops.linear import Product
 from tacit.ir.ops.roles import Weight
 from tacit.ir.plan import Node, Plan
 from tacit.ir.types import SMALL_RING_BITS, Type
-from tacit.passes.bound import bound_ranges
+from tacit.passes.bound import FREE_BITS, bounded
 from tacit.passes.draft import Draft
 from tacit.passes.lower import lower_to_protocol
 from tacit.passes.quantise import EXTRA_WEIGHT_BITS, expand_to_fixed_point, fuse_truncation_into_relu
@@ -29,8 +30,7 @@ def choose_rings(draft: Draft) -> Draft:
     """
     plan = draft.plan
     if plan.protocol == _SUITE:
-        fit = (part for part in _shared_rings(plan) if _least_ring(plan, part) <= SMALL_RING_BITS)
-        small: set[str] = set().union(*fit)
+        small: set[str] = set().union(*_fitting(plan))
         plan = plan.with_nodes(_placed(node) if node.name in small else node for node in plan.nodes)
     dtypes = {node.op.label: node.type.dtype for node in plan.find(Weight)}  # type: ignore[attr-defined]
     return draft.with_(plan, {label: draft.weights[label].to(dtype) for label, dtype in dtypes.items()})
@@ -44,17 +44,32 @@ def _shared_rings(plan: Plan) -> list[set[str]]:
     return list(nx.connected_components(graph))
 
 
-def _least_ring(plan: Plan, part: set[str]) -> float:
+def _fitting(plan: Plan) -> list[set[str]]:
+    """Those that fit Z_2^32."""
+    free = _free_bits(plan)
+    return [part for part in _shared_rings(plan) if _least_ring(plan, part, free) <= SMALL_RING_BITS]
+
+
+def _free_bits(plan: Plan) -> dict[str, int]:
+    """How many bits of its ring a value leaves free: none where it is proved from proved ones."""
+    found: dict[str, int] = {}
+    for node in plan.nodes:
+        measured = node.margin or any(found[arg] for arg in node.args)
+        found[node.name] = FREE_BITS if measured else 0
+    return found
+
+
+def _least_ring(plan: Plan, part: set[str], free: Mapping[str, int]) -> float:
     """The bits of the smallest ring in which these values, and what reads them, work; infinite where an op has one."""
     bits = 1.0
     for name in part:
         node = plan.node(name)
         if node.type.kind != "masked":
-            bits = max(bits, node.type.width)
+            bits = max(bits, node.type.width + free[name])
         for op in (node.op, *(user.op for user in plan.users(name))):
             bits = bits if SMALL_RING_BITS in op.rings else math.inf
         for user in plan.users(name):
-            bits = max(bits, user.op.least_ring(*plan.arg_types(user)))
+            bits = max(bits, user.op.least_ring(*plan.arg_types(user)) + free[name])
     return bits
 
 
@@ -70,29 +85,34 @@ def _in_small_ring(declared: Type) -> Type:
 
 @dataclass(frozen=True)
 class _Spare:
-    """Products that would share Z_2^32 if their weights, and with them their results, had so many fewer bits."""
+    """Lines that would share Z_2^32 with smaller margins, and so many fewer bits in the weights of its products."""
 
+    margins: Mapping[str, int]  # of measured lines
     bits: int
-    origins: frozenset[str]  # lines of the model level
+    lines: frozenset[str]
+    origins: frozenset[str]  # of the products, at the model level
     work: int
 
 
-def spare_weight_bits(draft: Draft) -> Draft:
-    """Products that miss Z_2^32 by a few bits get as many fewer fractional bits in their weights.
+def fit_small_ring(draft: Draft) -> Draft:
+    """Values that miss Z_2^32 by a few bits get a smaller margin, where they are measured; then, fewer weight bits.
 
-    Weights have four bits more than activations, from which only rounding profits. They are given up for all such
-    products, or else for those with the most work, as far as the logits of the probes stay accurate. The network is
-    then written and bounded anew.
+    A margin is cheap but where it costs the small ring: it shrinks there as far as it may. Weights have four bits more
+    than activations, from which only rounding profits. They are given up for all such products, or else for those with
+    the most work, as far as the logits of the probes stay accurate. The network is then written and bounded anew.
     """
     model, draft = draft.model, replace(draft, model=None)  # its weights are not needed any longer
     if model is None or draft.plan.protocol != _SUITE:
         return draft
+    model = replace(model, ranges=draft.ranges)
     chosen = sorted(_candidates(draft), key=lambda spare: -spare.work)
-    limit = _limit(model) if chosen else 0.0
+    limit = _limit(model) if any(spare.bits for spare in chosen) else 0.0
     while chosen:
-        tried = bound_ranges(fuse_truncation_into_relu(expand_to_fixed_point(_spared(model, chosen))))
-        fitting = _fitting(tried)
-        kept = [spare for spare in chosen if spare.origins <= fitting]
+        margins = {name: margin for spare in chosen for name, margin in spare.margins.items()}
+        again = replace(_spared(model, chosen), margins=margins)
+        tried = bounded(fuse_truncation_into_relu(expand_to_fixed_point(again)))
+        fitting: set[str] = set().union(*_fitting(lower_to_protocol(tried).plan))
+        kept = [spare for spare in chosen if spare.lines <= fitting]
         if kept == chosen:
             kept = _accurate(model, chosen, limit)
             if kept == chosen:
@@ -103,14 +123,16 @@ def spare_weight_bits(draft: Draft) -> Draft:
 
 
 def _spared(model: Draft, chosen: list[_Spare]) -> Draft:
-    return replace(model, spared={origin: spare.bits for spare in chosen for origin in spare.origins})
+    return replace(model, spared={origin: spare.bits for spare in chosen for origin in spare.origins if spare.bits})
 
 
 def _accurate(model: Draft, chosen: list[_Spare], limit: float) -> list[_Spare]:
     """Those with the most work, halved until the logits are accurate: cheaper than new bounds for each half."""
-    while chosen and float(misses(_spared(model, chosen)).max()) > limit:
-        chosen = chosen[: len(chosen) // 2]
-    return chosen
+    free = [spare for spare in chosen if not spare.bits]
+    dear = [spare for spare in chosen if spare.bits]
+    while dear and float(misses(_spared(model, dear)).max()) > limit:
+        dear = dear[: len(dear) // 2]
+    return [spare for spare in chosen if spare in free or spare in dear]
 
 
 def _limit(model: Draft) -> float:
@@ -121,22 +143,25 @@ def _limit(model: Draft) -> float:
 
 def _candidates(draft: Draft) -> list[_Spare]:
     plan = lower_to_protocol(draft).plan
-    out = []
+    free, found = _free_bits(plan), []
+    least, wanted = draft.margin
     for part in _shared_rings(plan):
-        excess = _least_ring(plan, part) - SMALL_RING_BITS
+        excess = _least_ring(plan, part, free) - SMALL_RING_BITS
         products = [plan.node(name) for name in part if isinstance(plan.node(name).op, Product)]
-        if products and 0 < excess <= EXTRA_WEIGHT_BITS:
-            origins = frozenset(node.origin for node in products)
-            out.append(_Spare(int(excess), origins, sum(_work(plan, node) for node in products)))
-    return out
-
-
-def _fitting(draft: Draft) -> set[str]:
-    """The lines of the model level whose products fit Z_2^32."""
-    plan = lower_to_protocol(draft).plan
-    parts = [part for part in _shared_rings(plan) if _least_ring(plan, part) <= SMALL_RING_BITS]
-    lines = [plan.node(name) for part in parts for name in part]
-    return {node.origin for node in lines if isinstance(node.op, Product)}
+        measured = [name for name in part if plan.node(name).margin]
+        shrunk = min(excess, math.log2(wanted / least)) if measured else 0.0
+        bits = excess - shrunk
+        if excess > 0 and (bits <= 0 or (products and bits <= EXTRA_WEIGHT_BITS)):
+            found.append(
+                _Spare(
+                    {name: wanted >> int(shrunk) for name in measured},
+                    int(bits),
+                    frozenset(part),
+                    frozenset(node.origin for node in products),
+                    sum(_work(plan, node) for node in products),
+                )
+            )
+    return found
 
 
 def _work(plan: Plan, node: Node) -> int:

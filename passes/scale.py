@@ -13,10 +13,11 @@ from dataclasses import replace
 
 import torch
 
+from tacit.ir.errors import PrecisionWarning
 from tacit.ir.ops.model import ModelOp
 from tacit.passes.draft import Draft, Values
 from tacit.passes.precision import doubt
-from tacit.passes.quantise import MOST_FRAC_BITS, default_error
+from tacit.passes.quantise import default_error
 from tacit.passes.trial import (
     CLOSE,
     PROMISED,
@@ -27,6 +28,7 @@ from tacit.passes.trial import (
     edges_are_amplified,
     fits,
     misses,
+    most_frac_bits,
     unsure,
 )
 
@@ -50,21 +52,25 @@ def choose_scale(draft: Draft) -> Draft:
     """
     if draft.frac_bits is not None:
         return draft
+    draft = replace(draft, searched=True)
     if _is_large(draft):
         draft = _without(draft, torch.tensor([kind == "dim" for kind in draft.kinds], dtype=torch.bool))
     draft = replace(draft, faithful=edges_are_amplified(draft))
     unknown = unsure(draft)
     left, draft = chosen(draft.edges, unknown), _without(draft, unknown)
     jumps = any(isinstance(node.op, ModelOp) and node.op.jumps() for node in answering(draft).plan.nodes)
-    trial = misses(_at(replace(draft, edges={}) if draft.faithful else draft, _TRIAL_FRAC))
-    least = _extrapolated(trial, jumps)
+    draft = replace(draft, most=most_frac_bits(draft))
+    tried = min(_TRIAL_FRAC, draft.most)
+    trial = misses(_at(replace(draft, edges={}) if draft.faithful else draft, tried))
+    least = _extrapolated(trial, tried, jumps)
     draft = replace(draft, close=close_rows(draft)) if jumps else _worst(draft, trial)
-    if not (jumps or draft.faithful or least > MOST_FRAC_BITS):
-        return _at(replace(draft, edges={}, kinds=()), max(least, _LEAST_FRAC))  # nothing is particular about edges
+    if not (jumps or draft.faithful or least > draft.most):
+        lowest = min(_LEAST_FRAC, draft.most)
+        return _at(replace(draft, edges={}, kinds=()), max(least, lowest))  # nothing is particular about edges
     # Rows that nobody showed come as close to a step, or closer: no fewer bits than those of the trial, where they fit.
     least = max(least, _TRIAL_FRAC if jumps else _LEAST_FRAC)
     free = draft.max_error is None
-    draft, found = _tried(draft, min(least, MOST_FRAC_BITS), jumps, free)
+    draft, found = _tried(draft, min(least, draft.most), jumps, free)
     found[count(draft.probes) :][torch.tensor([kind != "blank" for kind in draft.kinds], dtype=torch.bool)] /= (
         _FAINT_ALLOWED
     )
@@ -72,7 +78,7 @@ def choose_scale(draft: Draft) -> Draft:
     if missed:
         row = _row(draft, int(found.argmax())) if found.max() > PROMISED else _row(replace(draft, edges=left), -1)
         told = doubt(answering(draft), row, missed, len(found) + count(left), approximated=free)
-        draft = replace(draft, doubts=(*draft.doubts, told))
+        draft = replace(draft, doubts=(*draft.doubts, PrecisionWarning(told)))
     return replace(draft, edges={}, kinds=()) if _is_large(draft) else draft
 
 
@@ -86,12 +92,14 @@ def _tried(draft: Draft, least: int, jumps: bool, free: bool) -> tuple[Draft, Te
     if free and not jumps:  # what edges ask for is finer rounding; finer polynomials where these are not enough
         draft = replace(draft, max_error=default_error(least))
     frac, found = least, misses(_at(draft, least), approximated=free and jumps)
-    while frac < MOST_FRAC_BITS and (found.max() > CLOSE or (jumps and not _spared(draft, frac, free))):
-        frac = min(frac + (2 if found.max() > 2 * CLOSE else 1), MOST_FRAC_BITS)
+    while frac < draft.most and (found.max() > CLOSE or (jumps and not _spared(draft, frac, free))):
+        frac = min(frac + (2 if found.max() > 2 * CLOSE else 1), draft.most)
         found = misses(_at(draft, frac), approximated=free and jumps)
     if frac == least and _is_large(draft):
         return _at(draft, frac), found  # as without edges: range analysis says whether it fits
-    fitting = next((bits for bits in range(frac, _TRIAL_FRAC - 1, -1) if fits(_at(draft, bits))), least)
+    fitting = next(
+        (bits for bits in range(frac, min(_TRIAL_FRAC, draft.most) - 1, -1) if fits(_at(draft, bits))), least
+    )
     if fitting != frac:
         frac, found = fitting, misses(_at(draft, fitting), approximated=free and jumps)
     draft = _at(draft, frac)
@@ -109,7 +117,7 @@ def _with_finer(draft: Draft, found: Tensor) -> tuple[Draft, Tensor]:
         if again.max() >= found.max():
             break
         draft, found, more = finer, again, (finer.frac_bits or 0) + 2
-        if found.max() <= CLOSE or more > MOST_FRAC_BITS:
+        if found.max() <= CLOSE or more > draft.most:
             break
         finer = _at(finer, more)
     return draft, found
@@ -130,10 +138,10 @@ def _without(draft: Draft, edges: Tensor) -> Draft:
     return replace(draft, edges=chosen(draft.edges, ~edges), kinds=tuple(kinds))
 
 
-def _extrapolated(trial: Tensor, jumps: bool) -> int:
+def _extrapolated(trial: Tensor, tried: int, jumps: bool) -> int:
     """The bits with which the worst row would be accurate; half of the rows, where one that jumped tells nothing."""
     worst = float(trial.median() if jumps else trial.max())
-    return _TRIAL_FRAC + math.ceil(math.log2(max(worst, 2.0**-30)))
+    return tried + math.ceil(math.log2(max(worst, 2.0**-30)))
 
 
 def _at(draft: Draft, frac_bits: int) -> Draft:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,9 +12,9 @@ from tacit.ir.ops.model import Argmax, AsReal, CountCorrect, ModelOp, NoOp
 from tacit.ir.ops.moves import Move
 from tacit.ir.ops.spline import FixedFunction
 from tacit.ir.plan import Node, Plan
-from tacit.passes.bound import bound_ranges
-from tacit.passes.draft import Draft, Values
-from tacit.passes.quantise import expand_to_fixed_point, fuse_truncation_into_relu
+from tacit.passes.bound import WIDEST_MEASURED, bounded
+from tacit.passes.draft import LEAST_FRAC_BITS, MOST_FRAC_BITS, Draft, Values
+from tacit.passes.quantise import EXTRA_WEIGHT_BITS, expand_to_fixed_point, fuse_truncation_into_relu
 
 Tensor = torch.Tensor
 # Logits are to be within 2^-8 of the float model's; where the largest is below 1, within 2^-8 of it, and where it is
@@ -56,13 +57,12 @@ def _errors(
 ) -> tuple[Tensor, Tensor]:
     """Of each row, by how much it is off in fixed point, and its largest number."""
     unit = 2.0 ** -fixed.plan.node(fixed.plan.result).type.frac
-    errors, sizes = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, dtype=torch.float64)]
-    for some in real.chunks(rows):
-        wanted = _by_row(real.estimate(some, faithful=faithful), some)
-        found = _by_row(fixed.estimate(some, faithful=faithful, seed=seed), some) * unit
-        errors.append(_difference(found, wanted))
-        sizes.append(torch.where(wanted.isfinite(), wanted.abs(), 0.0).amax(1))
-    return torch.cat(errors), torch.cat(sizes)
+    if not count(rows):
+        return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
+    exact = look(real, rows, faithful=faithful).answers
+    parts = [fixed.estimate(some, faithful=faithful, seed=seed) for some in real.chunks(rows)]
+    found = torch.cat([_by_row(part, some) for part, some in zip(parts, real.chunks(rows), strict=True)]) * unit
+    return _difference(found, exact), torch.where(exact.isfinite(), exact.abs(), 0.0).amax(1)
 
 
 def _draw_again(draft: Draft, real: Draft, fixed: Draft, error: Tensor) -> None:
@@ -81,9 +81,11 @@ def in_fixed_point(draft: Draft, approximated: bool) -> Draft:
     fixed = expand_to_fixed_point(draft)
     if not approximated or not fixed.plan.find(FixedFunction):
         return fixed
-    shown = {label: torch.cat([x, draft.edges[label]]) for label, x in draft.calibration.items() if draft.edges}
+    if count(draft.edges):
+        shown = {label: torch.cat([x, draft.edges[label]]) for label, x in draft.calibration.items()}
+        fixed = replace(fixed, calibration=shown, looks={})
     try:
-        return bound_ranges(replace(fixed, calibration=shown or draft.calibration))
+        return bounded(fixed)
     except CompileError:
         return fixed
 
@@ -91,7 +93,7 @@ def in_fixed_point(draft: Draft, approximated: bool) -> Draft:
 def fits(draft: Draft) -> bool:
     """Whether ranges can be found for all values: more bits are of no use in a network that then is refused."""
     try:
-        bound_ranges(fuse_truncation_into_relu(expand_to_fixed_point(draft)))
+        bounded(fuse_truncation_into_relu(expand_to_fixed_point(draft)))
     except CompileError:
         return False
     return True
@@ -112,52 +114,84 @@ def unsure(draft: Draft) -> Tensor:
     real, first = answering(draft), torch.zeros(1, dtype=torch.int64)
     asked = {label: torch.cat([x, draft.probes[label][first]]) for label, x in draft.edges.items()}
 
-    def answers(rows: Values, faithful: bool) -> Tensor:
-        return torch.cat([_by_row(real.estimate(some, faithful=faithful), some) for some in draft.chunks(rows)])
-
     def differ(some: Tensor, others: Tensor) -> Tensor:
         size = torch.where(others.isfinite(), others.abs(), 0.0).amax(1)
         return _difference(some, others) > PROMISED * TOLERANCE * size.clamp(1.0)
 
-    single, told = answers(asked, faithful=False), draft.floats(asked)
+    single, told = look(real, asked).answers, draft.floats(asked)
     if told is None or told.shape != single.shape or differ(told, single)[-1]:  # a class, or in another order
-        return differ(single, answers(asked, faithful=True))[:-1]
+        return differ(single, look(real, asked, faithful=True).answers)[:-1]
     found = differ(told, single)[:-1]  # PyTorch's own kernels round otherwise: where they agree, both know
     rows = found.nonzero().flatten()
     if len(rows):
-        found[rows] = differ(told[rows], answers(chosen(draft.edges, rows), faithful=True))
+        found[rows] = differ(told[rows], look(real, chosen(draft.edges, rows), faithful=True).answers)
     return found
 
 
 def edges_are_amplified(draft: Draft) -> bool:
     """Whether some layer divides by data of which there is far less in a blank or faint input than in the others."""
-    usual, blank = (_gains(draft, values) for values in (draft.probes, draft.edges))
+    real = answering(draft)
+    if not count(draft.edges) or not look(real, draft.probes).gains:
+        return False
+    usual, blank = look(real, draft.probes).gains, look(real, draft.edges).gains
     return any(blank[name] > _SENSITIVE * usual[name] for name in blank)
 
 
-def _gains(draft: Draft, values: Values) -> dict[str, float]:
-    """For each layer that divides by data: the largest factor that it has on these inputs."""
-    real = answering(draft)
+def most_frac_bits(draft: Draft) -> int:
+    """With how many fractional bits products still fit the ring, by what the probes show and the least margin."""
+    largest = max(look(answering(draft), draft.probes).largest.values(), default=1.0)
+    free = WIDEST_MEASURED - 2 - EXTRA_WEIGHT_BITS - math.log2(max(largest, 1.0) * draft.margin[0])
+    return max(LEAST_FRAC_BITS, min(MOST_FRAC_BITS, math.floor(free / 2)))
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the network in floats shows on some inputs.
+
+    answers: (N, all numbers of the result). largest: magnitude of each line. gains: of each layer that divides by data,
+    the largest factor.
+    """
+
+    answers: Tensor
+    largest: dict[str, float]
+    gains: dict[str, float]
+
+
+def look(real: Draft, rows: Values, *, faithful: bool = False) -> Look:
+    """The same inputs are looked at once."""
+    key = (real.plan.result, faithful, *(id(x) for x in rows.values()))
+    if key not in real.answers:
+        real.answers[key] = _look(real, rows, faithful), rows  # kept, so that no others come to lie at their place
+    found: Look = real.answers[key][0]
+    return found
+
+
+def _look(real: Draft, rows: Values, faithful: bool) -> Look:
     layers = [node for node in real.plan.nodes if isinstance(node.op, ModelOp) and node.op.amplifies()]
     users: dict[str, list[Node]] = {}
     for node in layers:
         users.setdefault(node.args[-1], []).append(node)
-    found: dict[str, float] = {}
+    gains: dict[str, float] = {}
+    largest: dict[str, float] = {}
     kept: dict[str, Tensor] = {}
 
     def visit(node: Node, value: Tensor) -> None:
+        if node.type.batched and value.is_floating_point():
+            low, high = (float(end) for end in torch.aminmax(value))
+            size = max(-low, high)
+            largest[node.name] = max(largest.get(node.name, 0.0), size if math.isfinite(size) else 0.0)
         if node.name in users:
             kept[node.name] = value
         for layer in users.get(node.name, ()):
             assert isinstance(layer.op, ModelOp)
             gain = layer.op.gain(*(kept.get(arg, value) for arg in layer.args)).nan_to_num(0.0, posinf=0.0)
-            found[layer.name] = max(found.get(layer.name, 0.0), float(gain.max()))
+            gains[layer.name] = max(gains.get(layer.name, 0.0), float(gain.max()))
 
-    if layers:
-        for some in draft.chunks(values):
-            kept.clear()
-            real.estimate(some, visit)
-    return found
+    answers = []
+    for some in real.chunks(rows):
+        kept.clear()
+        answers.append(_by_row(real.estimate(some, visit, faithful=faithful), some))
+    return Look(torch.cat(answers), largest, gains)
 
 
 def answering(draft: Draft) -> Draft:

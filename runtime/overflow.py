@@ -69,10 +69,11 @@ def interpret_checked(plan: Plan, weights: Values, inputs: Values) -> dict[str, 
 def _told(plan: Plan, node: Node, count: int, total: int) -> str:
     reach = limit(node) / 2.0**node.type.frac
     where = f"module '{node.path}' " if node.path else ""
+    how = f"measured, with a margin of {node.margin}" if node.margin else f"ranges={plan.ranges}"
     return (
         f"{where}(%{node.name} = {node.op.name}): {count} of {total} values leave [-{reach:.4g}, {reach:.4g}], the "
-        f"range for which the plan was compiled (ranges={plan.ranges}). Compile with calibration data like this input, "
-        "or with proved ranges"
+        f"range for which the plan was compiled ({how}). Compile with calibration data like this input, with a larger "
+        'margin, or with ranges="proved"'
     )
 
 

@@ -64,16 +64,20 @@ def test_p2_sees_exactly_one_zero_whatever_the_logits_are(name: str) -> None:
 
 @pytest.mark.parametrize("reveal", ["argmax", "correct"])
 def test_a_calibrated_model_shows_p2_the_same_of_every_image(reveal: str) -> None:
-    """Calibrated on dark images and asked bright ones, logits leave their range: P2 finds one zero in every row."""
+    """Measured on ordinary images and asked others, logits leave their range: P2 finds one zero in every row."""
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Flatten(), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10)
-    ).eval()
-    dark, rows, p = torch.rand(64, 1, 4, 4) * 0.1, 400, prime_for(10)
-    secure = tacit.compile(model, dark, input_range=(0, 1), reveal=reveal, calibration=dark)
-    assert secure.plan.ranges != "proved" and secure.plan.find(ArgmaxByWins)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(256, 32), nn.ReLU(), nn.Linear(32, 10)).eval()
+    pattern = torch.tensor([1.0, -1.0] * 128).view(1, 1, 16, 16)
+    with torch.no_grad():
+        model[1].weight.copy_(pattern.view(1, 256) * torch.rand(32, 1))
+    usual, rows, p = torch.rand(64, 1, 16, 16) * 2 - 1, 400, prime_for(10)
+    secure = tacit.compile(
+        model, usual, input_range=(-1, 1), reveal=reveal, ranges="measured", margin=2, calibration=usual
+    )
+    assert secure.plan.ranges == "measured" and secure.plan.find(ArgmaxByWins)
     left = 0
-    for images in (dark[:1].expand(rows, 1, 4, 4), torch.rand(rows, 1, 4, 4), torch.ones(rows, 1, 4, 4)):
+    like = pattern * torch.linspace(0.5, 1, rows).view(rows, 1, 1, 1)
+    for images in (usual[:1].expand(rows, 1, 16, 16), torch.rand(rows, 1, 16, 16), like):
         session = secure.session()
         session.network.transcript = []
         answer = secure(images, *([torch.zeros(rows, dtype=torch.int64)] if reveal == "correct" else []))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -236,11 +237,13 @@ def test_precision_follows_frac_bits(frac_bits: int) -> None:
 
 
 def test_calibration_narrows_the_ranges() -> None:
-    model = seeded(nn.Sequential(nn.Linear(6, 30), nn.ReLU(), nn.Linear(30, 30), nn.ReLU(), nn.Linear(30, 2)))
+    middle = [layer for _ in range(8) for layer in (nn.Linear(30, 30), nn.ReLU())]
+    model = seeded(nn.Sequential(nn.Linear(6, 30), nn.ReLU(), *middle, nn.Linear(30, 2)))
     proved = tacit.compile(model, ROWS, frac_bits=12)
-    calibrated = tacit.compile(model, ROWS, frac_bits=12, calibration=random(50, 6, seed=3))
+    shown = random(64, 6, seed=3)
+    calibrated = tacit.compile(model, ROWS, frac_bits=12, ranges="measured", margin=2, calibration=shown)
     assert "ranges=proved" in str(proved.plan)
-    assert "ranges=calibrated" in str(calibrated.plan)
+    assert "ranges=measured" in str(calibrated.plan)
     assert calibrated.plan.cost().online_bytes < proved.plan.cost().online_bytes
     torch.testing.assert_close(calibrated.check(ROWS).double(), exact(model, ROWS), atol=CLOSE, rtol=0)
 
@@ -467,15 +470,21 @@ def test_a_value_that_may_overflow_names_its_layer_and_the_remedies() -> None:
     assert any(remedy in told for remedy in ("input_range", "calibration", "frac_bits"))
 
 
-def test_a_deep_network_of_wide_ranges_is_refused_or_correct() -> None:
+def test_a_deep_network_of_wide_ranges_is_refused_at_a_scale_that_does_not_fit() -> None:
     layers = [layer for _ in range(9) for layer in (nn.Linear(16, 16), nn.ReLU())]
     model = seeded(nn.Sequential(*layers, nn.Linear(16, 2)))
     with torch.no_grad():
         for layer in layers[::2]:
             layer.weight.mul_(16)  # type: ignore[operator]
-    told = refused(model, random(2, 16), frac_bits=12)
-    assert "bits" in told
-    assert all(remedy in told for remedy in ("input_range", "calibration", "frac_bits"))
+    x = random(64, 16)
+    told = refused(model, x, frac_bits=12)
+    assert "input_range" in told
+    (fewer,) = re.findall(r"frac_bits=(\d+);", told)
+    secure, wanted = tacit.compile(model, x, frac_bits=int(fewer), calibration=x), exact(model, x)
+    assert float((secure.check(x).double() - wanted).abs().max()) < 0.05 * float(wanted.abs().max())
+    with pytest.warns(tacit.PrecisionWarning, match="8 fractional bits"):  # what fits is chosen, and is not much
+        found = tacit.compile(model, x, calibration=x)
+    assert float((found.check(x).double() - wanted).abs().max()) < 0.05 * float(wanted.abs().max())
 
 
 def test_a_range_beyond_the_ring_is_refused() -> None:

@@ -166,7 +166,11 @@ def test_an_exported_program_brings_its_example(place: Path, tmp_path: Path) -> 
 def test_calibration_data_serve_as_example(place: Path, tmp_path: Path) -> None:
     source = f"{place / 'nets.py'}:ready"
     summary = told("compile", source, "--calibration", place / "x.npy", "-o", tmp_path, "--range", "0", "1")
-    assert summary["ranges"] == "calibrated_2x"
+    assert summary["ranges"] == "proved"
+    how = ("--ranges", "measured", "--margin", "2")
+    with pytest.warns(tacit.RangeWarning, match=r"values .* times as large"):
+        summary = told("compile", source, "--calibration", place / "x.npy", "-o", tmp_path, "--range", "0", "1", *how)
+    assert summary["ranges"] == "measured"
     message = fails("compile", source, "--calibration", place / "x.npy", "--example", "1x9", "-o", tmp_path)
     assert "differ in shape" in message
 

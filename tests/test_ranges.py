@@ -120,26 +120,41 @@ def test_ranges_are_called_proved_where_calibration_did_not_narrow_them() -> Non
     assert "ranges=proved" in str(tacit.compile(model, x, input_range=(LOW, HIGH)).plan)
     with torch.no_grad():
         model.weight.fill_(0.3)
-    assert "ranges=proved" in str(tacit.compile(model, x, input_range=(LOW, HIGH), calibration=x).plan)
-    narrow = tacit.compile(model, x, input_range=(LOW, HIGH), calibration=x[2:] * 0.01)
-    assert "ranges=calibrated_2x" in str(narrow.plan)
+    same = tacit.compile(model, x, input_range=(LOW, HIGH), ranges="measured", calibration=random(64, 6))
+    assert same.plan.ranges == "proved"  # what is measured is no narrower
+    secure, _ = calibrated()
+    assert "ranges=measured" in str(secure.plan)
 
 
 # --- overflow ---
 
 
+ALTERNATING = torch.tensor([1.0, -1.0] * 128)
+
+
+def sums() -> nn.Module:
+    """Small values on any ordinary input, and large ones on one that alternates as the weights do."""
+    model = seeded(nn.Sequential(nn.Linear(256, 8), nn.ReLU(), nn.Linear(8, 2)))
+    with torch.no_grad():
+        model[0].weight.copy_(ALTERNATING)
+    return model
+
+
 def calibrated() -> tuple[tacit.Secure, Tensor]:
-    """A network compiled for small inputs, and an input inside the declared range, but far beyond them."""
-    model = seeded(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)))
-    secure = tacit.compile(model, random(4, 6) * 0.01, input_range=(-64, 64), calibration=random(40, 6, seed=2) * 0.01)
-    return secure, torch.full((3, 6), 60.0)
+    """A network compiled for ordinary inputs, and one that is inside the declared range, but leaves those of values."""
+    secure = tacit.compile(
+        sums(), random(4, 256), input_range=(-64, 64), ranges="measured", margin=4, calibration=random(64, 256, seed=2)
+    )
+    return secure, 60 * ALTERNATING.expand(3, 256)
 
 
 def test_the_oracle_finds_overflow_and_names_the_layer() -> None:
     secure, x = calibrated()
     secure.reference(x)
-    secure.reference(random(5, 6) * 0.01, check=True)
-    with pytest.raises(tacit.RangeError, match=r"module '0' .*linear.*of 24 values leave .*ranges=calibrated"):
+    secure.reference(random(5, 256), check=True)
+    with pytest.raises(
+        tacit.RangeError, match=r"module '0' .*linear.*of 24 values leave .*measured, with a margin of 4"
+    ):
         secure.reference(x, check=True)
 
 
@@ -165,7 +180,7 @@ def test_a_value_that_does_not_fit_is_told_with_layer_range_and_remedies(rewrite
     for value in model.parameters():
         nn.init.constant_(value, 2.0**15)
     with pytest.raises(tacit.CompileError) as caught:
-        tacit.compile(model.eval(), random(2, 6), input_range=(-4, 4), frac_bits=12)
+        tacit.compile(model.eval(), random(2, 6), input_range=(-4, 4), frac_bits=12, ranges="proved")
     golden("too_wide", str(caught.value).replace(str(Path(nn.__file__).parent), "torch/nn") + "\n", rewrite)
 
 
@@ -199,9 +214,9 @@ def test_the_errors_are_those_of_the_oracle() -> None:
 
 
 def test_diff_tells_of_overflow() -> None:
-    model = seeded(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)))
-    x = torch.full((3, 6), 60.0)
-    found = tacit.diff(model, x, input_range=(-64, 64), calibration=random(4, 6) * 0.01)
+    x = 60 * ALTERNATING.expand(3, 256)
+    seen = random(4, 256)
+    found = tacit.diff(sums(), x, input_range=(-64, 64), ranges="measured", margin=4, calibration=seen)
     assert found.first_bad is not None
     assert found.first_bad.overflowed
     assert found.first_bad.module == "0"

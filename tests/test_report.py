@@ -175,7 +175,7 @@ def test_a_deep_network_stays_small() -> None:
         resnet.ResNet(resnet.Bottleneck, [3, 4, 6, 3], width_per_group=4, num_classes=10),
         torch.randn(1, 3, 32, 32),
     )
-    html = page(tacit.compile(model.eval(), x, calibration=x).plan)
+    html = page(tacit.compile(model.eval(), x, calibration=x.expand(64, 3, 32, 32)).plan)
     assert len(html.encode()) < 1_000_000
     assert html.count('class="frame') >= 4 + 16  # the stages, the blocks
     Elements(html).ids()

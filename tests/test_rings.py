@@ -19,7 +19,7 @@ from tacit.ir.ops.roles import Weight
 from tacit.ir.plan import Plan
 from tacit.ir.types import Type
 from tacit.passes import Draft, stages
-from tacit.passes.rings import spare_weight_bits
+from tacit.passes.rings import fit_small_ring
 from tacit.runtime import ring
 from tacit.runtime.product import tiled
 
@@ -190,11 +190,11 @@ def draft_of(model: nn.Module, x: Tensor, frac_bits: int | None) -> Draft:
 def test_weights_give_up_bits_only_where_the_logits_bear_it() -> None:
     model, x = seeded(nn.Sequential(nn.Linear(60, 40), nn.ReLU(), nn.Linear(40, 3))), images(8, 60)
     fine, coarse = draft_of(model, x, 12), draft_of(model, x, 8)
-    spared = spare_weight_bits(fine)
+    spared = fit_small_ring(fine)
     weights = {n.op.label: n.type.frac for n in spared.plan.nodes if n.op.name == "weight"}  # type: ignore[attr-defined]
     assert weights["0.weight"] < 16
     # Eight bits are too few for these logits already; and what fits is left as it is.
-    assert spare_weight_bits(coarse).plan is coarse.plan
+    assert fit_small_ring(coarse).plan is coarse.plan
 
 
 @pytest.mark.parametrize("protocol", ["fused", "securenn"])
@@ -213,14 +213,18 @@ def test_weights_are_held_in_small_words_until_their_ring_is_chosen(protocol: st
 
 
 def test_overflow_of_the_small_ring_is_found() -> None:
-    model = seeded(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)))
-    small = images(40, 6) * 0.01
-    secure = tacit.compile(model, small[:4], input_range=(-64, 64), calibration=small, frac_bits=10)
+    small, pattern = images(64, 64), torch.tensor([1.0, -1.0] * 32)
+    model = seeded(nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 2)))
+    with torch.no_grad():
+        model[0].weight.copy_(pattern)
+    secure = tacit.compile(
+        model, small[:4], input_range=(-1, 1), ranges="measured", margin=2, calibration=small, frac_bits=10
+    )
     linear = next(node for node in secure.plan.nodes if node.op.name == "linear")
     assert linear.type.ring == 32
     assert torch.equal(secure.reference(small, check=True), secure.reference(small))
     with pytest.raises(tacit.RangeError, match=r"module '0' .*linear"):
-        secure.reference(torch.full((3, 6), 60.0), check=True)
+        secure.reference(pattern.expand(3, 64), check=True)
 
 
 # --- plans that claim too much ---

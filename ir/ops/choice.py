@@ -48,6 +48,7 @@ class FixedChoose(Op):
     """value where x >= 0, else 0; operands x, value, of one shape."""
 
     name = "fixed.choose"
+    tight = True
     levels = _FIXED
 
     def infer(self, x: Type, value: Type) -> Type:

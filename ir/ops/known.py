@@ -28,6 +28,7 @@ class Known(LocalOp):
     """
 
     name = "known"
+    tight = True
 
     low: float
     high: float
@@ -88,6 +89,7 @@ class Among(LocalOp):
     """
 
     name = "among"
+    tight = True
 
     def infer(self, x: Type, v: Type) -> Type:
         expect_kind("secret", x, v)

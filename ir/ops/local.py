@@ -75,6 +75,7 @@ class AddPublic(LocalOp):
     """x + value for a public ring integer: P0 alone adds it."""
 
     name = "add_public"
+    tight = True
 
     value: int
 
@@ -103,6 +104,7 @@ class MulPublic(LocalOp):
     """x times value / 2^bits, for a public integer: the result has `bits` more fractional bits."""
 
     name = "mul_public"
+    tight = True
 
     value: int
     bits: int = 0

@@ -31,6 +31,7 @@ class Move(Layer, LocalOp):
 
     levels = frozenset(Level)
     batch_anywhere = True
+    tight = True
 
     def moved(self, x: Tensor) -> Tensor:
         raise NotImplementedError

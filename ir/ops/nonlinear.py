@@ -30,6 +30,7 @@ class Trunc(Op):
     """floor((x + t) / 2^bits), t public and uniform: the dealer's truncation, one round, never a failure."""
 
     name = "trunc"
+    tight = True
     levels = _FIXED | _PROTOCOL
     rings = tuple(DTYPES)
 
@@ -76,6 +77,7 @@ class FixedReLU(Op):
     """max(x, 0), truncated by `truncate` bits."""
 
     name = "fixed.relu"
+    tight = True
     levels = _FIXED
 
     truncate: int = 0
@@ -147,6 +149,7 @@ class FixedMaxPool2d(Op):
     """Maximum over windows. Differences below 2^drop may be decided either way, as t has it."""
 
     name = "fixed.max_pool2d"
+    tight = True
     levels = _FIXED
 
     kernel: tuple[int, ...]
