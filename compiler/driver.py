@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from tacit.arguments import arguments_of, slots_of, slots_of_program
 from tacit.bug import reported
 from tacit.capture import Capture
-from tacit.examples import bound_examples, require_fit, require_tensors
+from tacit.examples import bound_examples, inputs_of, require_fit, require_tensors
 from tacit.explain import sequence_first
 from tacit.export import export
 from tacit.faithful import float_answers, require_faithful
@@ -37,7 +37,7 @@ from tacit.probes import EDGES, edges, measured, probes
 from tacit.progress import log, waiting
 from tacit.runtime.leaving import stops_at_exit
 from tacit.runtime.reference import interpret
-from tacit.secure import Secure
+from tacit.secure import Secure, check_input
 
 Tensor = torch.Tensor
 Model = torch.nn.Module | ExportedProgram
@@ -154,25 +154,28 @@ def prepare(
     require_fit(plan, examples, "example_inputs")
     if isinstance(model, torch.nn.Module):
         require_faithful(model, program, arguments)
-    shown = None
+    shown: Mapping[str, Tensor] = {}
     if calibration is not None:
         given = arguments_of(model, calibration)
         require_tensors(given, "calibration")
         shown = bound_examples([slot for slot in slots_of(plan) if slot.label in examples], given, "calibration")
         require_fit(plan, shown, "calibration")
-    inputs = measured(plan, examples, shown or {})
-    example, calibrated = count(examples), count(shown or {})
+        for line, op in inputs_of(plan):
+            check_input(plan.node(line), shown[op.label])
+    tried = probes(plan, examples, shown)
+    parts = (tried, *measured(plan, shown))
+    rows = count(examples), count(shown)
     return Draft(
         plan.with_nodes(plan.nodes, protocol=protocol),
         capture.weights,
-        probes(plan, examples, shown),
+        tried,
         interpret,
-        inputs,
+        parts,
         frac_bits=frac_bits,
         max_error=max_error,
         ranges=ranges,
         margin=margin,
-        rows=(example, calibrated, count(inputs) - example - calibrated),
+        rows=(*rows, sum(count(part) for part in parts) - sum(rows)),
         edges=edges(plan),
         kinds=EDGES,
         floats=partial(float_answers, program),

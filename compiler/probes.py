@@ -9,12 +9,11 @@ import torch
 from tacit.examples import inputs_of
 from tacit.ir.ops.roles import Input
 from tacit.ir.plan import Plan
-from tacit.secure import check_input
+from tacit.passes.draft import LARGE
 
 Tensor = torch.Tensor
-# Inputs from all over the range, fewer where each takes long; of calibration data, it takes more.
-_PROBES, _FEW_PROBES, _CALIBRATED_PROBES = 16, 4, 64
-_LARGE = 1 << 20  # values of a network of which each input takes long
+# Inputs from all over the range; of calibration data, it takes more.
+_PROBES, _CALIBRATED_PROBES = 16, 64
 # The kinds of edges: all low, all high and zero; around a value above the middle; around zero.
 EDGES = ("blank", "blank", "blank", "faint", "dim")
 # The standard deviation of faint inputs: about a quarter of a step of 8 bits in an image from 0 to 1; in proportion for
@@ -22,27 +21,39 @@ EDGES = ("blank", "blank", "blank", "faint", "dim")
 _DEVIATION, _USUAL_RANGE = 1e-3, 16.0
 
 
-def probes(plan: Plan, examples: Mapping[str, Tensor], calibration: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+def probes(plan: Plan, examples: Mapping[str, Tensor], calibration: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Inputs on which scales are tried out: the whole example, and calibration data or values all over the range."""
-    if calibration is not None:
-        more = {op.label: calibration[op.label][:_CALIBRATED_PROBES].double() for _, op in inputs_of(plan)}
-    else:
-        more = spread(plan)
-    return _with_targets(plan, {label: torch.cat([examples[label].double(), x]) for label, x in more.items()})
+    shown = {label: x[: _few(plan, _CALIBRATED_PROBES)] for label, x in calibration.items()}
+    return _joined(plan, examples, shown or _spread(plan))
 
 
-def spread(plan: Plan) -> dict[str, Tensor]:
+def measured(plan: Plan, calibration: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], ...]:
+    """Inputs on which ranges are measured beside the probes: blank ones; what else there is of calibration data and, if
+    there are any, values all over the range."""
+    blank = {label: x[[kind == "blank" for kind in EDGES]] for label, x in edges(plan).items()}
+    if not calibration:
+        return (blank,)
+    rest = {label: x[_few(plan, _CALIBRATED_PROBES) :] for label, x in calibration.items()}
+    return blank, _joined(plan, rest, _spread(plan))
+
+
+def _spread(plan: Plan) -> dict[str, Tensor]:
     """Inputs drawn from all over the range, always the same ones."""
     generator = torch.Generator().manual_seed(0)
-    large = sum(node.type.at(1).numel for node in plan.nodes if node.type.batched) > _LARGE
     found = {}
     for name, op in inputs_of(plan):
         shape = plan.node(name).type.at(1).dims[1:]
         low, high = op.ends(shape)
-        x = torch.rand((_FEW_PROBES if large else _PROBES, *shape), generator=generator, dtype=torch.float64)
+        x = torch.rand((_few(plan, _PROBES), *shape), generator=generator, dtype=torch.float64)
         x = low + x * (high - low)
         found[op.label] = x.round() if op.integers else x
     return found
+
+
+def _few(plan: Plan, rows: int) -> int:
+    """So many, or a quarter where each takes long."""
+    large = sum(node.type.at(1).numel for node in plan.nodes if node.type.batched) > LARGE
+    return rows // 4 if large else rows
 
 
 def edges(plan: Plan) -> dict[str, Tensor]:
@@ -66,16 +77,9 @@ def edges(plan: Plan) -> dict[str, Tensor]:
     return _with_targets(plan, chosen)
 
 
-def measured(plan: Plan, examples: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Inputs on which ranges are measured: the example, calibration data, values all over the range, blank ones."""
-    parts = [
-        {op.label: check_input(plan.node(n), x[op.label]) for n, op in inputs_of(plan)} for x in (examples, given) if x
-    ]
-    blank = {label: x[[kind == "blank" for kind in EDGES]] for label, x in edges(plan).items()}
-    parts += [spread(plan), blank]
-    return _with_targets(
-        plan, {op.label: torch.cat([x[op.label].double() for x in parts]) for _, op in inputs_of(plan)}
-    )
+def _joined(plan: Plan, *parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    labels = [op.label for _, op in inputs_of(plan)]
+    return _with_targets(plan, {label: torch.cat([part[label].double() for part in parts]) for label in labels})
 
 
 def _with_targets(plan: Plan, values: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -16,6 +16,8 @@ Values = Mapping[str, Tensor]
 # interpret(plan, weights, inputs, visit=..., estimate=...): the value of every line, by the clear oracle.
 Interpret = Callable[..., dict[str, Tensor]]
 LEAST_FRAC_BITS, MOST_FRAC_BITS = 4, 20  # of activations, where they are chosen here
+# A network with so many values is large: each input takes a while.
+LARGE = 1 << 20
 # Above so many elements over all lines, inputs are tried out in fewer or smaller batches.
 _ELEMENTS = 1 << 27
 
@@ -33,7 +35,7 @@ class Draft:
     weights: Values
     probes: Values  # inputs on which scales are tried out: what the caller showed, and some from all over the range
     interpret: Interpret
-    calibration: Values = field(default_factory=dict)  # inputs on which ranges are measured, where they are
+    calibration: tuple[Values, ...] = ()  # inputs on which ranges are measured, where they are
     ranges: str = "auto"  # "proved", "measured", or measured where the proved ones do not fit
     margin: tuple[int, int] = (4, 16)  # of measured ranges: the least, and the one that is wanted
     margins: Mapping[str, int] = field(default_factory=dict)  # less than is wanted, for lines of the fixed level
@@ -89,10 +91,18 @@ class Draft:
             yield {label: x[i : i + self.affordable] for label, x in inputs.items()}
 
     @property
+    def large(self) -> bool:
+        return self._each > LARGE
+
+    @property
+    def _each(self) -> int:
+        """Values that one input has in the network."""
+        return sum(node.type.at(1).numel for node in self.plan.nodes if node.type.batched)
+
+    @property
     def affordable(self) -> int:
         """How many inputs may go through the network at once: memory and time stay in proportion to the model."""
-        each = sum(node.type.at(1).numel for node in self.plan.nodes if node.type.batched)
-        return max(1, _ELEMENTS // max(each, 1))
+        return max(1, _ELEMENTS // max(self._each, 1))
 
 
 def _look_away(node: Node, value: Tensor) -> None:

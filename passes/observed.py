@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from tacit.ir.plan import Node, Plan
 from tacit.ir.ranges import Interval
 from tacit.ir.types import Type
-from tacit.passes.draft import Draft
+from tacit.passes.draft import Draft, Values
 
 Tensor = torch.Tensor
 
@@ -47,20 +47,20 @@ def observe(draft: Draft) -> Mapping[str, Seen]:
     """For each line of the fixed level that inputs reach: what it was on the calibration data.
 
     Whole numbers are left out: they may be indices, which have to be right for every input. Networks that differ in
-    their scales alone show the same, up to rounding, which margins cover: they share one look.
+    their scales alone show the same, up to rounding, which margins cover: they share one look at each part of the data.
     """
-    key = _structure(draft.plan)
-    found: Mapping[str, Seen] = draft.looks.get(key) or _looked_at(draft)
-    draft.looks[key] = found
-    return found
+    ends, covered = _looks(draft)
+    for part in draft.calibration:
+        if _key(part) not in covered:
+            for some in draft.chunks(part):
+                draft.estimate(some, watch(draft))
+            note(draft, part)
+    return ends
 
 
-def _structure(plan: Plan) -> int:
-    return hash(tuple((node.name, type(node.op), node.args) for node in plan.nodes))
-
-
-def _looked_at(draft: Draft) -> dict[str, Seen]:
-    ends: dict[str, Seen] = {}
+def watch(draft: Draft) -> Callable[[Node, Tensor], None]:
+    """A visitor of an estimate that widens what was seen."""
+    ends, _ = _looks(draft)
 
     def visit(node: Node, value: Tensor) -> None:
         if node.type.batched and node.type.frac and not node.op.declares:
@@ -68,6 +68,23 @@ def _looked_at(draft: Draft) -> dict[str, Seen]:
             before = ends.get(node.name, Seen(low, high))
             ends[node.name] = Seen(min(low, before.low), max(high, before.high))
 
-    for some in draft.chunks(draft.calibration):
-        draft.estimate(some, visit)
-    return ends
+    return visit
+
+
+def note(draft: Draft, part: Values) -> None:
+    """These inputs have been watched, all of them."""
+    _looks(draft)[1][_key(part)] = part  # kept, so that no others come to lie at their place
+
+
+def _looks(draft: Draft) -> tuple[dict[str, Seen], dict[tuple[int, ...], Values]]:
+    found: tuple[dict[str, Seen], dict[tuple[int, ...], Values]]
+    found = draft.looks.setdefault(_structure(draft.plan), ({}, {}))
+    return found
+
+
+def _key(part: Values) -> tuple[int, ...]:
+    return tuple(id(x) for x in part.values())
+
+
+def _structure(plan: Plan) -> int:
+    return hash(tuple((node.name, type(node.op), node.args) for node in plan.nodes))

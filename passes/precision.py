@@ -59,7 +59,7 @@ def _culprit(draft: Draft, row: Values, approximated: bool) -> _Grown:
     multiple of what its operands are, one that divides by data before others."""
     real: dict[str, Tensor] = {}
     draft.estimate(row, lambda node, value: real.update({node.name: value.double()}), faithful=True)
-    fixed = in_fixed_point(draft, approximated)
+    fixed = in_fixed_point(draft, approximated, fused=False)
     jumps = any(isinstance(node.op, ModelOp) and node.op.jumps() for node in draft.plan.nodes)
     grown = []
     for seed in range(DRAWS if jumps else 1):

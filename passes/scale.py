@@ -38,11 +38,10 @@ _TRIAL_FRAC, _LEAST_FRAC = 12, 8
 _SPARE = 2
 # Nearly blank inputs are not what anybody showed: a warning of them is for those that are off by such a multiple.
 _FAINT_ALLOWED = 4.0
-# A network with so many values has biases in front of its norms, once it is trained: dim inputs are none to it.
-# Untrained, with biases of zero, it would get three times the bytes for them alone; and each trial takes seconds.
-_LARGE = 1 << 20
+# Which of the edges is high everywhere: as good as one that is low.
+_HIGH = 1
 # Once a scale is found, later trials look at the rows that were worst.
-_KEPT = 16
+_KEPT, _KEPT_LARGE = 16, 3
 
 
 def choose_scale(draft: Draft) -> Draft:
@@ -53,8 +52,9 @@ def choose_scale(draft: Draft) -> Draft:
     if draft.frac_bits is not None:
         return draft
     draft = replace(draft, searched=True)
-    if _is_large(draft):
-        draft = _without(draft, torch.tensor([kind == "dim" for kind in draft.kinds], dtype=torch.bool))
+    if draft.large:  # it has biases in front of its norms once it is trained: no input is dim to it
+        left_out = [kind == "dim" or i == _HIGH for i, kind in enumerate(draft.kinds)]
+        draft = _without(draft, torch.tensor(left_out, dtype=torch.bool))
     draft = replace(draft, faithful=edges_are_amplified(draft))
     unknown = unsure(draft)
     left, draft = chosen(draft.edges, unknown), _without(draft, unknown)
@@ -79,12 +79,11 @@ def choose_scale(draft: Draft) -> Draft:
         row = _row(draft, int(found.argmax())) if found.max() > PROMISED else _row(replace(draft, edges=left), -1)
         told = doubt(answering(draft), row, missed, len(found) + count(left), approximated=free)
         draft = replace(draft, doubts=(*draft.doubts, PrecisionWarning(told)))
-    return replace(draft, edges={}, kinds=()) if _is_large(draft) else draft
+    return replace(draft, edges={}, kinds=()) if draft.large else draft
 
 
 def _tried(draft: Draft, least: int, jumps: bool, free: bool) -> tuple[Draft, Tensor]:
-    """From so many bits on: the first with which no probe misses by much, of those with which all values fit the ring;
-    and by how much the probes miss then. Less than so many bits, down to those of the trial, where none else fit.
+    """From so many bits on: the first with which no probe misses by much; and by how much the probes miss then.
 
     jumps: rows that are close to a step also have to keep to their side with a few bits less. free: the caller has not
     said how far polynomials may be off, so that what they are off counts as well.
@@ -94,19 +93,22 @@ def _tried(draft: Draft, least: int, jumps: bool, free: bool) -> tuple[Draft, Te
     frac, found = least, misses(_at(draft, least), approximated=free and jumps)
     while frac < draft.most and (found.max() > CLOSE or (jumps and not _spared(draft, frac, free))):
         frac = min(frac + (2 if found.max() > 2 * CLOSE else 1), draft.most)
-        found = misses(_at(draft, frac), approximated=free and jumps)
-    if frac == least and _is_large(draft):
-        return _at(draft, frac), found  # as without edges: range analysis says whether it fits
-    fitting = next(
-        (bits for bits in range(frac, min(_TRIAL_FRAC, draft.most) - 1, -1) if fits(_at(draft, bits))), least
-    )
-    if fitting != frac:
-        frac, found = fitting, misses(_at(draft, fitting), approximated=free and jumps)
+        found = _again(_at(draft, frac), found, approximated=free and jumps)
     draft = _at(draft, frac)
-    if not draft.faithful or not free or jumps or _is_large(draft):
+    if not draft.faithful or not free or jumps or draft.large:
         return draft, found
     rounded, found = float(found.max()), misses(draft, approximated=True)
     return _with_finer(draft, found) if found.max() > max(CLOSE, 1.5 * rounded) else (draft, found)
+
+
+def _again(draft: Draft, before: Tensor, *, approximated: bool) -> Tensor:
+    """By how much the probes miss with more bits; edges that were close before are taken to be as close."""
+    probes = count(draft.probes)
+    close = before[probes:] <= CLOSE
+    found = misses(_without(draft, close), approximated=approximated)
+    edges = before[probes:].clone()
+    edges[~close] = found[probes:]
+    return torch.cat([found[:probes], edges])
 
 
 def _with_finer(draft: Draft, found: Tensor) -> tuple[Draft, Tensor]:
@@ -129,11 +131,9 @@ def _spared(draft: Draft, frac: int, free: bool) -> bool:
     return bool(misses(_at(draft, frac - _SPARE), approximated=free).max() <= CLOSE * 2**_SPARE)
 
 
-def _is_large(draft: Draft) -> bool:
-    return sum(node.type.at(1).numel for node in draft.plan.nodes if node.type.batched) > _LARGE
-
-
 def _without(draft: Draft, edges: Tensor) -> Draft:
+    if not bool(edges.any()):
+        return draft
     kinds = [kind for kind, drop in zip(draft.kinds, edges, strict=True) if not drop]
     return replace(draft, edges=chosen(draft.edges, ~edges), kinds=tuple(kinds))
 
@@ -157,6 +157,8 @@ def _row(draft: Draft, row: int) -> Values:
 
 def _worst(draft: Draft, trial: Tensor) -> Draft:
     """With no more than so many probes, the worst of them; and all edges."""
-    rows = count(draft.probes)
-    worst = trial[:rows].topk(min(_KEPT, rows)).indices.sort().values
+    rows, kept = count(draft.probes), _KEPT_LARGE if draft.large else _KEPT
+    if rows <= kept:
+        return draft
+    worst = trial[:rows].topk(kept).indices.sort().values
     return replace(draft, probes=chosen(draft.probes, worst))

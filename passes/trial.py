@@ -14,6 +14,7 @@ from tacit.ir.ops.spline import FixedFunction
 from tacit.ir.plan import Node, Plan
 from tacit.passes.bound import WIDEST_MEASURED, bounded
 from tacit.passes.draft import LEAST_FRAC_BITS, MOST_FRAC_BITS, Draft, Values
+from tacit.passes.observed import note, watch
 from tacit.passes.quantise import EXTRA_WEIGHT_BITS, expand_to_fixed_point, fuse_truncation_into_relu
 
 Tensor = torch.Tensor
@@ -60,7 +61,8 @@ def _errors(
     if not count(rows):
         return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
     exact = look(real, rows, faithful=faithful).answers
-    parts = [fixed.estimate(some, faithful=faithful, seed=seed) for some in real.chunks(rows)]
+    parts = [fixed.estimate(some, watch(fixed), faithful=faithful, seed=seed) for some in real.chunks(rows)]
+    note(fixed, rows)
     found = torch.cat([_by_row(part, some) for part, some in zip(parts, real.chunks(rows), strict=True)]) * unit
     return _difference(found, exact), torch.where(exact.isfinite(), exact.abs(), 0.0).amax(1)
 
@@ -73,17 +75,17 @@ def _draw_again(draft: Draft, real: Draft, fixed: Draft, error: Tensor) -> None:
         error[rows] = torch.maximum(error[rows], found)
 
 
-def in_fixed_point(draft: Draft, approximated: bool) -> Draft:
+def in_fixed_point(draft: Draft, approximated: bool, *, fused: bool = True) -> Draft:
     """The draft in fixed point; with the polynomials that stand for functions, where they are asked for and fit.
 
     Where ranges are measured, the edges widen them: that they may leave those of the plan is another matter.
     """
     fixed = expand_to_fixed_point(draft)
+    fixed = fuse_truncation_into_relu(fixed) if fused else fixed  # not, where every layer is to have its own line
     if not approximated or not fixed.plan.find(FixedFunction):
         return fixed
     if count(draft.edges):
-        shown = {label: torch.cat([x, draft.edges[label]]) for label, x in draft.calibration.items()}
-        fixed = replace(fixed, calibration=shown, looks={})
+        fixed = replace(fixed, calibration=(*fixed.calibration, draft.edges), looks={})
     try:
         return bounded(fixed)
     except CompileError:
@@ -113,12 +115,13 @@ def unsure(draft: Draft) -> Tensor:
         return torch.zeros(count(draft.edges), dtype=torch.bool)
     real, first = answering(draft), torch.zeros(1, dtype=torch.int64)
     asked = {label: torch.cat([x, draft.probes[label][first]]) for label, x in draft.edges.items()}
+    single = torch.cat([look(real, draft.edges).answers, look(real, draft.probes).answers[first]])
 
     def differ(some: Tensor, others: Tensor) -> Tensor:
         size = torch.where(others.isfinite(), others.abs(), 0.0).amax(1)
         return _difference(some, others) > PROMISED * TOLERANCE * size.clamp(1.0)
 
-    single, told = look(real, asked).answers, draft.floats(asked)
+    told = draft.floats(asked)
     if told is None or told.shape != single.shape or differ(told, single)[-1]:  # a class, or in another order
         return differ(single, look(real, asked, faithful=True).answers)[:-1]
     found = differ(told, single)[:-1]  # PyTorch's own kernels round otherwise: where they agree, both know
