@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -17,6 +18,9 @@ Tensor = torch.Tensor
 
 # A factor may carry so many fractional bits too many: the widest products still fit the ring easily.
 _TOLERATED_EXCESS = 6
+# A weight tensor below 2^-6 is small: it gets more fractional bits, so that as many count as of others. No more than
+# 48 with those of what it is multiplied by; and none takes more than 40 bits.
+_SMALL, _MOST_WEIGHT_BITS, _HUGE = 6, 48, 40
 
 
 class Label(str):
@@ -116,6 +120,27 @@ class FixedBuilder(Builder):
     def weight_frac(self) -> int:
         """The fractional bits of weights in the line of the model level that is being written."""
         return self._weight_frac - self._spared.get(self.origin, 0)
+
+    def bits_of(self, label: str, *beside: str | None) -> int:
+        """The fractional bits of a weight tensor: more where all of it is small, fewer where some of it is huge.
+
+        beside: what is added to its product, whose rounding then counts as well.
+        """
+        tensors = [self._real[one] for one in (label, *beside) if one is not None]
+        return self._suited(max(float(x.abs().max()) if x.numel() else 0.0 for x in tensors))
+
+    def bits_of_number(self, value: float) -> int:
+        """As `bits_of`, of a factor that the plan tells."""
+        return self._suited(abs(value))
+
+    def _suited(self, largest: float) -> int:
+        usual = self.weight_frac
+        if not 0 < largest < math.inf:
+            return usual
+        exponent = math.frexp(largest)[1]  # largest < 2^exponent
+        if exponent < -_SMALL:
+            return max(usual, min(usual - _SMALL - exponent, _MOST_WEIGHT_BITS - self.frac))
+        return min(usual, max(0, _HUGE - exponent))
 
     def emit(self, op: Op, *args: str, name: str = "", width: int | None = None) -> str:
         """As every builder; what was computed before is not computed again."""
@@ -241,7 +266,7 @@ class FixedBuilder(Builder):
 
     def product(self, op: Op, x: str, label: str, bias: str | None, bias_shape: tuple[int, ...]) -> str:
         """op(x, weight) + bias, the bias at the scale of the product: no message, no truncation."""
-        out = self.emit(op, self.as_factor(x), self.weight(label, self.weight_frac))
+        out = self.emit(op, self.as_factor(x), self.weight(label, self.bits_of(label, bias)))
         return out if bias is None else self.plus_weight(out, bias, bias_shape)
 
     def plus_weight(self, x: str, label: str, shape: tuple[int, ...]) -> str:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from tacit.ir.errors import CompileError, PrecisionWarning, RangeWarning
 from tacit.passes.bound import TooWide, bounded
 from tacit.passes.draft import LEAST_FRAC_BITS, Draft
-from tacit.passes.quantise import expand_to_fixed_point, fuse_truncation_into_relu
+from tacit.passes.quantise import default_error, expand_to_fixed_point, fuse_truncation_into_relu
 from tacit.passes.trial import PROMISED, misses
 
 # From so many inputs on that somebody chose, measured ranges are no surprise.
 _ENOUGH = 64
+# How far polynomials may be off where finer ones would have too many pieces.
+_COARSEST = 2.0**-8
 
 
 def bound_ranges(draft: Draft) -> Draft:
     """Give every value its range and width: `bound.bounded`.
 
-    A scale that was chosen for accuracy gives way where values do not fit the ring at it: the fewest bits less with
-    which all do, and a warning if the answers are then not as accurate as promised. A scale that the caller chose
-    does not, but the error says which one would.
+    A scale that was chosen for accuracy gives way where values do not fit the ring at it, and so does the accuracy of
+    polynomials: the least that helps, and a warning if the answers are then not as accurate as promised. What the
+    caller chose does not, but the error says which scale would do.
     """
     try:
         return bounded(draft)
@@ -29,6 +32,10 @@ def bound_ranges(draft: Draft) -> Draft:
             raise
         if not draft.searched:
             raise CompileError(f"{error}\n  - frac_bits={found.frac_bits}; it is {draft.frac_bits}") from None
+    except CompileError:
+        found = _with_coarser(draft) if draft.searched else None
+        if found is None:
+            raise
     return _with_doubt(found)
 
 
@@ -40,7 +47,7 @@ def _with_fewer(draft: Draft, excess: int) -> Draft | None:
         if frac < LEAST_FRAC_BITS:
             break
         try:
-            return bounded(fuse_truncation_into_relu(expand_to_fixed_point(replace(model, frac_bits=frac, looks={}))))
+            return _anew(model, frac_bits=frac)
         except TooWide as error:
             excess = error.excess
         except CompileError:
@@ -48,15 +55,34 @@ def _with_fewer(draft: Draft, excess: int) -> Draft | None:
     return None
 
 
+def _with_coarser(draft: Draft) -> Draft | None:
+    """With polynomials as much further from their functions as it takes to have few enough of them."""
+    model = draft.model
+    error = default_error(draft.frac_bits or 0) if draft.max_error is None else draft.max_error
+    while model is not None and (error := 4 * error) <= _COARSEST:
+        try:
+            return _anew(model, max_error=error)
+        except CompileError:
+            continue
+    return None
+
+
+def _anew(model: Draft, **changes: Any) -> Draft:
+    """Written in fixed point and bounded, with some settings changed."""
+    return bounded(fuse_truncation_into_relu(expand_to_fixed_point(replace(model, **changes, looks={}))))
+
+
 def _with_doubt(draft: Draft) -> Draft:
     assert draft.model is not None
-    missed = misses(draft.model) > PROMISED
+    missed = misses(draft.model, approximated=True) > PROMISED
     if not bool(missed.any()):
         return draft
+    error = default_error(draft.frac_bits or 0) if draft.max_error is None else draft.max_error
     told = PrecisionWarning(
         f"{int(missed.sum())} of {len(missed)} inputs that were tried are not within the promised 2^-8 of the float "
-        f"model: {draft.frac_bits} fractional bits are the most with which all values fit the ring. What helps: "
-        "a narrower input_range, or values of ordinary size (norms between layers, smaller weights)"
+        f"model: {draft.frac_bits} fractional bits, and polynomials within {error:.2g}, are the most with which all "
+        "values fit the ring. What helps: a narrower input_range, or values of ordinary size (norms between layers, "
+        "smaller weights)"
     )
     return replace(draft, doubts=(*draft.doubts, told))
 

@@ -59,7 +59,7 @@ def choose_scale(draft: Draft) -> Draft:
     unknown = unsure(draft)
     left, draft = chosen(draft.edges, unknown), _without(draft, unknown)
     jumps = any(isinstance(node.op, ModelOp) and node.op.jumps() for node in answering(draft).plan.nodes)
-    draft = replace(draft, most=most_frac_bits(draft))
+    draft = replace(draft, most=most_frac_bits(draft, _TRIAL_FRAC))
     tried = min(_TRIAL_FRAC, draft.most)
     trial = misses(_at(replace(draft, edges={}) if draft.faithful else draft, tried))
     least = _extrapolated(trial, tried, jumps)

@@ -15,13 +15,13 @@ from tacit.ir.plan import Node, Plan
 from tacit.passes.bound import WIDEST_MEASURED, bounded
 from tacit.passes.draft import LEAST_FRAC_BITS, MOST_FRAC_BITS, Draft, Values
 from tacit.passes.observed import note, watch
-from tacit.passes.quantise import EXTRA_WEIGHT_BITS, expand_to_fixed_point, fuse_truncation_into_relu
+from tacit.passes.quantise import expand_to_fixed_point, fuse_truncation_into_relu
 
 Tensor = torch.Tensor
 # Logits are to be within 2^-8 of the float model's; where the largest is below 1, within 2^-8 of it, and where it is
 # above 32, within 2^-13 of it. Other inputs than the probes will come, so the error seen on them is held to a quarter.
 TOLERANCE, PROMISED = 2.0**-10, 4.0
-_LEAST_LOGIT = 2.0**-8
+_LEAST_LOGIT = 2.0**-12
 # A trial of the scale itself may show twice what was extrapolated: half of the promise.
 CLOSE = 2.0
 # Rows near a step are tried with so many draws of the truncations, as far as that many batches are affordable.
@@ -140,11 +140,17 @@ def edges_are_amplified(draft: Draft) -> bool:
     return any(blank[name] > _SENSITIVE * usual[name] for name in blank)
 
 
-def most_frac_bits(draft: Draft) -> int:
-    """With how many fractional bits products still fit the ring, by what the probes show and the least margin."""
-    largest = max(look(answering(draft), draft.probes).largest.values(), default=1.0)
-    free = WIDEST_MEASURED - 2 - EXTRA_WEIGHT_BITS - math.log2(max(largest, 1.0) * draft.margin[0])
-    return max(LEAST_FRAC_BITS, min(MOST_FRAC_BITS, math.floor(free / 2)))
+def most_frac_bits(draft: Draft, tried: int) -> int:
+    """With how many fractional bits all values fit the ring, by what the probes show and the least margin."""
+    largest = look(answering(draft), draft.probes).largest
+    fixed = expand_to_fixed_point(draft.with_(draft.plan, frac_bits=tried)).plan
+    widths = [
+        math.log2(max(largest[node.origin] * draft.margin[0], 1.0)) + node.type.frac + 1
+        for node in fixed.nodes
+        if node.origin in largest and node.type.batched
+    ]
+    free = WIDEST_MEASURED - max(widths, default=0.0)
+    return max(LEAST_FRAC_BITS, min(MOST_FRAC_BITS, math.floor(tried + free / 2)))
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ class PReLU(ModelOp):
 
     def expand(self, b: FixedBuilder, *args: str) -> str:
         x, positive = b.at_scale(args[0]), b.relu(args[0])
-        w = b.weight(args[1], b.weight_frac)
+        w = b.weight(args[1], b.bits_of(args[1]))
         negative = b.broadcast_to(b.minus(x, positive), b.types[w].dims)
         return b.plus(b.emit(fixed_linear.FixedMul(), negative, w), positive)
 

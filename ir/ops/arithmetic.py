@@ -133,7 +133,7 @@ class Mul(ModelOp):
         return args[0] * args[1]
 
     def expand(self, b: FixedBuilder, *args: str) -> str:
-        w = b.weight(args[1], 0 if self.whole else b.weight_frac)
+        w = b.weight(args[1], 0 if self.whole else b.bits_of(args[1]))
         return b.emit(fixed_linear.FixedMul(), b.as_factor(b.broadcast_to(args[0], tuple(b.real(args[1]).shape))), w)
 
     @classmethod
@@ -219,7 +219,7 @@ class MulScalar(ModelOp):
         if abs(mantissa) == 0.5 and 1 - exponent <= b.weight_frac:  # a power of two: the scale takes it up
             return b.emit(local.MulPublic(int(2 * mantissa), 1 - exponent), args[0])
         # Whole numbers leave the fractional bits of activations to the constant.
-        bits = b.weight_frac + (b.frac if b.types[args[0]].frac == 0 else 0)
+        bits = b.bits_of_number(self.value) + (b.frac if b.types[args[0]].frac == 0 else 0)
         return b.emit(local.MulPublic(b.constant(self.value, bits), bits), b.as_factor(args[0]))
 
     @classmethod
