@@ -118,6 +118,7 @@ def _plan_object(plan: Plan) -> dict[str, Any]:
         {
             "name": n.name,
             "type": str(n.type),
+            "margin": n.margin,
             "op": n.op.name,
             "args": list(n.args),
             "attributes": {f.name: getattr(n.op, f.name) for f in dataclasses.fields(n.op)},  # type: ignore[arg-type]

@@ -145,8 +145,9 @@ def text(found: Diff) -> str:
 
 
 def ranges_text(plan: Plan) -> str:
-    """Every line of a plan with the range that it states, and the bits that are left above it in its ring."""
-    rows = [["line", "op", "range", "bits", "ring", "left", "module"]]
+    """Every line of a plan with the range that it states, the bits that are left above it in its ring, and its margin
+    where it was measured."""
+    rows = [["line", "op", "range", "bits", "ring", "left", "margin", "module"]]
     for node in plan.nodes:
         if node.type.kind == "secret":
             reach, width = limit(node) / 2.0**node.type.frac, node.type.width
@@ -158,10 +159,11 @@ def ranges_text(plan: Plan) -> str:
                     str(width),
                     str(node.type.ring),
                     str(room(node)),
+                    f"{node.margin}x" if node.margin else "",
                     node.path,
                 ]
             )
-    return "\n".join([*aligned(rows, numbers=range(2, 6)), f"ranges={plan.ranges}"])
+    return "\n".join([*aligned(rows, numbers=range(2, 7)), f"ranges={plan.ranges}"])
 
 
 def aligned(rows: Sequence[Sequence[str]], *, numbers: range) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from tacit.driver import compile as compile_model
-from tacit.ir.errors import CompileError
+from tacit.ir.errors import CompileError, RangeWarning
 from tacit.machine import peak_memory
 from tacit.progress import waiting
 from tacit.secure import Secure
@@ -18,7 +19,6 @@ from tacit.vision import import_torchvision
 
 Tensor = torch.Tensor
 _SIZES = {"inception_v3": 299}
-_RANGE = (-3.0, 3.0)
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def names() -> list[str]:
 
 
 def build(name: str) -> tuple[torch.nn.Module, Tensor]:
-    """The model with random weights, and an image at the size it is made for.
+    """The model with random weights, and two images at the size it is made for.
 
     The statistics of its batch norms are those of two random images: values then are of the size they have in a
     trained model, where those of an untrained one grow without bound from layer to layer.
@@ -59,7 +59,7 @@ def build(name: str) -> tuple[torch.nn.Module, Tensor]:
     options: dict[str, Any] = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
     model: torch.nn.Module = models.get_model(name, weights=None, **options).eval()
     size = _SIZES.get(name, 224)
-    images = torch.randn(2, 3, size, size).clamp(*_RANGE)
+    images = torch.randn(2, 3, size, size).clamp(-3, 3)
     norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.train()
@@ -67,21 +67,23 @@ def build(name: str) -> tuple[torch.nn.Module, Tensor]:
     with torch.no_grad():
         if norms:
             model(images)
-    return model.eval(), images[:1]
+    return model.eval(), images
 
 
 def compile_one(name: str) -> tuple[Row, Secure | None]:
-    """Compile a model by ranges measured on one image."""
+    """Compile a model by default options from two images."""
     with waiting(f"compiling {name}"):
         return _compiled(name)
 
 
 def _compiled(name: str) -> tuple[Row, Secure | None]:
-    model, image = build(name)
+    model, images = build(name)
     parameters = sum(p.numel() for p in model.parameters())
     begin, cpu = time.perf_counter(), time.process_time()
     try:
-        secure = compile_model(model, image, calibration=image, input_range=_RANGE, name=name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RangeWarning)  # nobody will ask a model with random weights
+            secure = compile_model(model, images, name=name)
     except CompileError as error:
         return Row(name, parameters, time.perf_counter() - begin, time.process_time() - cpu, error=str(error)), None
     seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu

@@ -1,7 +1,10 @@
-"""A residual network in the style of those for CIFAR: batch norms are folded, ranges are measured on training images.
+"""A residual network in the style of those for CIFAR: batch norms are folded, ranges of deep layers are measured.
 
-python examples/resnet.py
+python examples/resnet.py [DEPTH]
 """
+
+import sys
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +15,7 @@ from training import trained
 import tacit
 
 Tensor = torch.Tensor
-CALIBRATED_ON, IMAGES = 64, 16
+SHOWN, IMAGES = 64, 16
 
 
 class Block(nn.Module):
@@ -31,13 +34,14 @@ class Block(nn.Module):
         return F.relu(self.bn2(self.conv2(y)) + self.around(x))
 
 
-class SmallResNet(nn.Module):
-    """A convolution, three blocks of 8, 16 and 32 channels, an average and a linear layer."""
+class ResNet(nn.Module):
+    """A convolution, blocks of 8, 16 and 32 channels, an average and a linear layer: 8, 14, 20, ... layers in all."""
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int = 8) -> None:
         super().__init__()
-        self.first = nn.Conv2d(1, 8, 3, 2, 1)
-        self.blocks = nn.Sequential(Block(8, 8, 1), Block(8, 16, 2), Block(16, 32, 2))
+        self.first, blocks = nn.Conv2d(1, 8, 3, 2, 1), (depth - 2) // 6
+        widths = [8] * (blocks + 1) + [16] * blocks + [32] * blocks
+        self.blocks = nn.Sequential(*(Block(a, b, 1 if a == b else 2) for a, b in pairwise(widths)))
         self.fc = nn.Linear(32, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,14 +50,12 @@ class SmallResNet(nn.Module):
 
 
 def main() -> None:
-    digits = load()
-    model = trained(SmallResNet, digits)
-    seen = digits.train_images[:CALIBRATED_ON]
-    secure = tacit.compile(model, seen, calibration=seen, reveal="argmax", input_range=(0, 1), name="resnet")
+    digits, depth = load(), int(sys.argv[1]) if len(sys.argv) > 1 else 8
+    model = trained(ResNet, digits, depth=depth)
+    secure = tacit.compile(model, digits.train_images[:SHOWN], reveal="argmax", input_range=(0, 1), name="resnet")
     cost = secure.plan.cost(batch=IMAGES)
-    print(
-        f"{cost.rounds} rounds, {cost.online_bytes:,} bytes online, {cost.offline_bytes:,} offline for {IMAGES} images"
-    )
+    print(f"ranges {secure.plan.ranges}, {cost.rounds} rounds, for {IMAGES} images:")
+    print(f"{cost.online_bytes:,} bytes online, {cost.offline_bytes:,} offline")
     images, labels = digits.test_images[:IMAGES], digits.test_labels[:IMAGES]
     classes = secure(images)
     with torch.no_grad():

@@ -15,11 +15,13 @@ from torch import nn
 EPOCHS, BATCH, RATE = 3, 128, 1e-3
 
 
-def trained(network: type[nn.Module], digits: Digits, *, epochs: int = EPOCHS, quiet: bool = False) -> nn.Module:
-    """The network, trained on these digits or read from the cache, in evaluation mode."""
+def trained(
+    network: type[nn.Module], digits: Digits, *, epochs: int = EPOCHS, quiet: bool = False, **options: int
+) -> nn.Module:
+    """The network with its options, trained on these digits or read from the cache, in evaluation mode."""
     torch.manual_seed(0)
-    model = network()
-    settings = f"{inspect.getsource(network)} {digits.name} {epochs} {BATCH} {RATE} {torch.__version__}"
+    model = network(**options)
+    settings = f"{inspect.getsource(network)} {options} {digits.name} {epochs} {BATCH} {RATE} {torch.__version__}"
     key = hashlib.sha256(settings.encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tacit"
     path = cache / f"{network.__name__.lower()}-{key}.safetensors"

@@ -83,18 +83,22 @@ def test_comparisons_past_65536_elements(digits: Digits) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("network", "epochs", "calibrated_on", "right"),
-    [(resnet.SmallResNet, 3, resnet.CALIBRATED_ON, 0.98), (vit.SmallViT, vit.EPOCHS, vit.CALIBRATED_ON, 0.97)],
-    ids=["resnet", "vit"],
+    ("network", "epochs", "options", "right"),
+    [
+        (resnet.ResNet, 3, {"depth": 8}, 0.98),
+        (resnet.ResNet, 3, {"depth": 20}, 0.98),
+        (resnet.ResNet, 2, {"depth": 56}, 0.98),
+        (vit.SmallViT, vit.EPOCHS, {}, 0.97),
+    ],
+    ids=["resnet", "resnet20", "resnet56", "vit"],
 )
-def test_all_images_by_calibrated_ranges(
-    network: type[torch.nn.Module], epochs: int, calibrated_on: int, right: float
+def test_all_images_by_default_options(
+    network: type[torch.nn.Module], epochs: int, options: dict[str, int], right: float
 ) -> None:
     """Class as in float32 for 99.9% of the test images; a secure run equals the oracle; no value leaves its range."""
     digits = load()
-    model = trained(network, digits, epochs=epochs, quiet=True)
-    seen = digits.train_images[:calibrated_on]
-    secure = tacit.compile(model, seen[:64], calibration=seen, reveal="argmax", input_range=(0, 1))
+    model = trained(network, digits, epochs=epochs, quiet=True, **options)
+    secure = tacit.compile(model, digits.train_images[:64], reveal="argmax", input_range=(0, 1))
     with torch.no_grad():
         plain = torch.cat([model(part).argmax(1) for part in digits.test_images.split(500)])
     found = torch.cat([secure(part) for part in digits.test_images.split(200)])

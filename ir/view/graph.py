@@ -12,8 +12,9 @@ from tacit.ir.plan import Node, Plan
 def to_networkx(plan: Plan) -> nx.DiGraph[str]:
     """Lines as nodes, from operand to user; costs are those of a batch of 1.
 
-    Node attributes: op, type, path, session, start, rounds, online_bytes, offline_bytes. Edge attributes: operands, the
-    places at which the value is used. Graph attributes: name, digest, protocol, reveal, ranges, result.
+    Node attributes: op, type, margin (0: proved), path, session, start, rounds, online_bytes, offline_bytes. Edge
+    attributes: operands, the places at which the value is used. Graph attributes: name, digest, protocol, reveal,
+    ranges, result.
     """
     graph: nx.DiGraph[str] = nx.DiGraph(
         name=plan.name,
@@ -28,6 +29,7 @@ def to_networkx(plan: Plan) -> nx.DiGraph[str]:
             node.name,
             op=node.op.name,
             type=str(node.type),
+            margin=node.margin,
             path=node.path,
             session=node.op.session,
             start=row.start,

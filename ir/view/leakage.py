@@ -197,6 +197,11 @@ def _disclosed(plan: Plan) -> tuple[str, ...]:
             f"The windows of {len(windows)} lines of comparisons, {min(windows)} to {max(windows)} bits: from the "
             f"same widths."
         )
+    if measured := [node for node in plan.nodes if node.margin]:
+        out.append(
+            f"Which {len(measured)} widths were measured rather than proved, and with which margin: those tell the "
+            "magnitude of what the inputs showed on which they were measured."
+        )
     out += dict.fromkeys(node.op.discloses() for node in plan.nodes if node.op.discloses())
     out += [
         f"What is opened (reveal={plan.reveal}), the protocol suite ({plan.protocol}), how ranges were found "
@@ -220,10 +225,14 @@ def _assumptions(plan: Plan) -> tuple[str, ...]:
         "Dealt randomness is used once. Sessions and ledgers see to that, also after a crash; restoring a backup "
         "breaks it.",
     ]
-    if plan.ranges != "proved":
+    if margins := sorted({node.margin for node in plan.nodes if node.margin}):
+        lines = "; ".join(
+            f"{margin} times as large for {', '.join(f'%{n.name}' for n in plan.nodes if n.margin == margin)}"
+            for margin in margins
+        )
         out.append(
-            f"Ranges are {plan.ranges}: an input beyond what calibration covered may give a wrong answer (not a "
-            f"leak to "
-            "another party; the client may see an answer that is no answer of the model)."
+            "Some ranges are measured: an input on which values leave them may get a wrong answer (not a leak to "
+            "another party; the client may see an answer that is no answer of the model). They have room for values so "
+            f"many times as large as those that were seen: {lines}."
         )
     return tuple(out)

@@ -319,6 +319,15 @@ def _randomness(plan: Plan, batch: int) -> str:
     return _section("randomness", intro, _table(head, rows, "Randomness consumed"))
 
 
+def _but_for(plan: Plan) -> str:
+    count = sum(bool(node.margin) for node in plan.nodes)
+    return (
+        f", but for {count} lines that were measured: the last column says how many times what was seen fits"
+        if count
+        else ""
+    )
+
+
 _SOURCES = {
     "prf": "derived by all from pairwise keys",
     "dealt": "P0 derives, P2 corrects P1",
@@ -344,20 +353,15 @@ def _ranges(plan: Plan) -> str:
             f"{step}"
             f"</td><td class=n>{width}</td><td class=n>{ring}</td><td><span class=head><i{tight} "
             f"style='width:{100 * width / ring:.0f}%'></i></span>"
-            f"</td><td class=n>{left}</td></tr>"
+            f"</td><td class=n>{left}</td><td class=n>{f'{node.margin}&times;' if node.margin else ''}</td></tr>"
         )
     head = (
         "<th>line</th><th>op</th><th>module</th><th class=n>range</th><th class=n>step</th><th class=n>bits</th>"
-        "<th class=n>of the ring's</th><th></th><th class=n>headroom</th>"
-    )
-    how = (
-        "proved from the input's range and the weights"
-        if plan.ranges == "proved"
-        else f"{plan.ranges.replace('_', ' ')}: measured"
+        "<th class=n>of the ring's</th><th></th><th class=n>headroom</th><th class=n>measured</th>"
     )
     intro = (
-        f"<p class=soft>Ranges are {escape(how)}. Headroom is how often a value could double before it had to "
-        f"live in a larger ring, or in Z_2^64 would not fit.</p>"
+        f"<p class=soft>Ranges are proved from the input's range and the weights{_but_for(plan)}. Headroom is how "
+        "often a value could double before it had to live in a larger ring, or in Z_2^64 would not fit.</p>"
     )
     return _section("ranges", intro, _table(head, rows, "Ranges and headroom"))
 
