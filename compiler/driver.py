@@ -163,7 +163,8 @@ def prepare(
         for line, op in inputs_of(plan):
             check_input(plan.node(line), shown[op.label])
     tried = probes(plan, examples, shown)
-    parts = (tried, *measured(plan, shown))
+    blank = edges(plan, examples, declared=input_range is not None)
+    parts = (tried, *measured(plan, shown, blank))
     rows = count(examples), count(shown)
     return Draft(
         plan.with_nodes(plan.nodes, protocol=protocol),
@@ -176,7 +177,7 @@ def prepare(
         ranges=ranges,
         margin=margin,
         rows=(*rows, sum(count(part) for part in parts) - sum(rows)),
-        edges=edges(plan),
+        edges=blank,
         kinds=EDGES,
         floats=partial(float_answers, program),
         answer=capture.answer,

@@ -27,10 +27,12 @@ def probes(plan: Plan, examples: Mapping[str, Tensor], calibration: Mapping[str,
     return _joined(plan, examples, shown or _spread(plan))
 
 
-def measured(plan: Plan, calibration: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], ...]:
+def measured(
+    plan: Plan, calibration: Mapping[str, Tensor], blank: Mapping[str, Tensor]
+) -> tuple[Mapping[str, Tensor], ...]:
     """Inputs on which ranges are measured beside the probes: blank ones; what else there is of calibration data and, if
     there are any, values all over the range."""
-    blank = {label: x[[kind == "blank" for kind in EDGES]] for label, x in edges(plan).items()}
+    blank = {label: x[[kind == "blank" for kind in EDGES]] for label, x in blank.items()}
     if not calibration:
         return (blank,)
     rest = {label: x[_few(plan, _CALIBRATED_PROBES) :] for label, x in calibration.items()}
@@ -56,16 +58,19 @@ def _few(plan: Plan, rows: int) -> int:
     return rows // 4 if large else rows
 
 
-def edges(plan: Plan) -> dict[str, Tensor]:
-    """An input of each kind in EDGES."""
+def edges(plan: Plan, examples: Mapping[str, Tensor], *, declared: bool) -> dict[str, Tensor]:
+    """An input of each kind in EDGES: low and high are the ends of a declared range, or else those of the example."""
     generator = torch.Generator().manual_seed(1)
     chosen = {}
     for name, op in inputs_of(plan):
         shape = plan.node(name).type.at(1).dims
         low, high = op.ends(shape[1:])
+        if not (declared or op.integers):
+            least, most = torch.aminmax(examples[op.label])
+            low, high = low.clamp(min=float(least)), high.clamp(max=float(most))
         zero, above = torch.zeros_like(low).clamp(low, high), low + 0.6 * (high - low)
         rows = [value[None].clone() for value in (low, high, zero, above, zero)]
-        span = op.high - op.low
+        span = float((high - low).max()) or op.high - op.low
         deviation = min(_DEVIATION * max(1.0, span / _USUAL_RANGE), span / 1024)
         if op.integers:
             rows[3].round_()

@@ -16,6 +16,7 @@ from tacit.passes.trial import DRAWS, in_fixed_point
 Tensor = torch.Tensor
 # A result that is off by this part of its largest value may have jumped; and an error grown so many times is noted.
 _STEP, _AMPLIFIED = 2.0**-7, 4.0
+_FEW_DRAWS = 4  # of the truncations, where each takes long
 
 
 @dataclass(frozen=True)
@@ -56,19 +57,24 @@ def doubt(draft: Draft, row: Values, missed: int, tried: int, *, approximated: b
 
 def _culprit(draft: Draft, row: Values, approximated: bool) -> _Grown:
     """The first layer that jumped, in some draw of the truncations; else the one whose result is off by the largest
-    multiple of what its operands are, one that divides by data before others."""
+    multiple of what its operands are, one that divides by data before others. In a blank input a lucky draw rounds all
+    elements alike."""
     real: dict[str, Tensor] = {}
     draft.estimate(row, lambda node, value: real.update({node.name: value.double()}), faithful=True)
     fixed = in_fixed_point(draft, approximated, fused=False)
-    jumps = any(isinstance(node.op, ModelOp) and node.op.jumps() for node in draft.plan.nodes)
-    grown = []
-    for seed in range(DRAWS if jumps else 1):
+    ops = [node.op for node in draft.plan.nodes if isinstance(node.op, ModelOp)]
+    chance = any(op.jumps() or op.amplifies() for op in ops)
+    grown: list[_Grown] = []
+    for seed in range(1 if not chance else _FEW_DRAWS if draft.large else DRAWS):
         grown = _grown(draft, real, _errors(draft, real, fixed, row, seed))
         for one in grown:
             if one.jumped:
                 return one
-    amplified = [one for one in grown if one.amplified]
-    return max(amplified or grown, key=lambda one: one.factor)
+        if any(op.jumps() for op in ops):
+            continue
+        if amplified := [one for one in grown if one.amplified]:
+            return max(amplified, key=lambda one: one.factor)
+    return max(grown, key=lambda one: one.factor)
 
 
 def _errors(draft: Draft, real: Values, fixed: Draft, row: Values, seed: int) -> dict[str, float]:

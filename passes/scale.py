@@ -40,6 +40,8 @@ _SPARE = 2
 _FAINT_ALLOWED = 4.0
 # Which of the edges is high everywhere: as good as one that is low.
 _HIGH = 1
+# Random inputs of the range may take so many bits more than those that were shown.
+_MORE = 2
 # Once a scale is found, later trials look at the rows that were worst.
 _KEPT, _KEPT_LARGE = 16, 3
 
@@ -62,6 +64,8 @@ def choose_scale(draft: Draft) -> Draft:
     draft = replace(draft, most=most_frac_bits(draft, _TRIAL_FRAC))
     tried = min(_TRIAL_FRAC, draft.most)
     trial = misses(_at(replace(draft, edges={}) if draft.faithful else draft, tried))
+    if not jumps:
+        draft, trial = _without_strange(draft, trial)
     least = _extrapolated(trial, tried, jumps)
     draft = replace(draft, close=close_rows(draft)) if jumps else _worst(draft, trial)
     if not (jumps or draft.faithful or least > draft.most):
@@ -142,6 +146,24 @@ def _extrapolated(trial: Tensor, tried: int, jumps: bool) -> int:
     """The bits with which the worst row would be accurate; half of the rows, where one that jumped tells nothing."""
     worst = float(trial.median() if jumps else trial.max())
     return tried + math.ceil(math.log2(max(worst, 2.0**-30)))
+
+
+def _without_strange(draft: Draft, trial: Tensor) -> tuple[Draft, Tensor]:
+    """Without random inputs that would take many more bits than what was shown.
+
+    Deep networks amplify what is like none of the data that they were trained on: noise over the whole range would
+    double what a plan costs, for answers that nobody asks for. Unless nothing but blank inputs was shown.
+    """
+    shown, rows = draft.rows[0] + draft.rows[1], count(draft.probes)
+    usual = torch.arange(rows) < shown
+    varied = any(
+        bool((x[:shown].flatten(1).amax(1) > x[:shown].flatten(1).amin(1)).any()) for x in draft.probes.values()
+    )
+    if not varied:
+        return draft, trial
+    keep = usual | (trial[:rows] <= trial[:shown].max() * 2.0**_MORE)
+    kept = torch.cat([keep, torch.ones(len(trial) - rows, dtype=torch.bool)])
+    return replace(draft, probes=chosen(draft.probes, keep)), trial[kept]
 
 
 def _at(draft: Draft, frac_bits: int) -> Draft:
