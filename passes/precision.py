@@ -46,8 +46,15 @@ class _Grown:
 
     @property
     def amplified(self) -> bool:
+        return self.factor > _AMPLIFIED and self.gain > _AMPLIFIED
+
+    @property
+    def gain(self) -> float:
+        """What the layer multiplies differences with, at most."""
         op = self.node.op
-        return isinstance(op, ModelOp) and op.amplifies() and self.factor > _AMPLIFIED
+        if not isinstance(op, ModelOp) or not op.amplifies():
+            return 0.0
+        return float(op.gain(*self.operands).nan_to_num(0.0, posinf=0.0).max())
 
 
 def doubt(draft: Draft, row: Values, missed: int, tried: int, *, approximated: bool) -> str:
@@ -74,7 +81,7 @@ def _culprit(draft: Draft, row: Values, approximated: bool) -> _Grown:
             continue
         if amplified := [one for one in grown if one.amplified]:
             return max(amplified, key=lambda one: one.factor)
-    return max(grown, key=lambda one: one.factor)
+    return max([one for one in grown if one.amplified] or grown, key=lambda one: one.factor)
 
 
 def _errors(draft: Draft, real: Values, fixed: Draft, row: Values, seed: int) -> dict[str, float]:
@@ -125,7 +132,7 @@ def _told(found: _Grown, draft: Draft, missed: int, tried: int) -> str:
             "middle between two values of the data, as trees are trained with, or data on a grid that keeps away from "
             "them"
         )
-    gain = float(op.gain(*found.operands).nan_to_num(0.0, posinf=0.0).max()) if op.amplifies() else 0.0
+    gain = found.gain
     if gain > _AMPLIFIED:
         return head + (
             f"It divides by what its input holds, and multiplies what differs in a blank or faint one by {gain:.3g}, "
