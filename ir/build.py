@@ -23,6 +23,10 @@ _TOLERATED_EXCESS = 6
 _SMALL, _MOST_WEIGHT_BITS, _HUGE = 6, 48, 40
 
 
+# Fractional bits of what is divided by, or looked at on a logarithmic scale: float32 has as many for values around 1.
+MOST_FINE = 30
+
+
 class Label(str):
     """The name of a weight, as distinct from the name of a line."""
 
@@ -104,17 +108,25 @@ class FixedBuilder(Builder):
         weight_frac: int,
         max_error: float = 2.0**-10,
         spared: Mapping[str, int] | None = None,
+        finer: Mapping[str, int] | None = None,
     ) -> None:
-        """`spared`: by how many bits the weights of a line of the model level have fewer."""
+        """`spared`: by how many bits the weights of a line of the model level have fewer. `finer`: how many fractional
+        bits the result of a line has, where it is to have more than others."""
         super().__init__(Level.FIXED)
         self.max_error = max_error
-        self.frac = frac
+        self._frac = frac
+        self._finer = finer or {}
         self._weight_frac = weight_frac
         self._spared = spared or {}
         self._real = dict(weights)
         self.encoded: dict[str, Tensor] = {}
         self._emitted: dict[tuple[Op, tuple[str, ...]], str] = {}
         self._weight_nodes: dict[tuple[str, int, tuple[int, ...]], str] = {}
+
+    @property
+    def frac(self) -> int:
+        """The fractional bits of activations in the line of the model level that is being written."""
+        return max(self._frac, self._finer.get(self.origin, 0))
 
     @property
     def weight_frac(self) -> int:
@@ -252,6 +264,11 @@ class FixedBuilder(Builder):
         """x with exactly `frac` fractional bits."""
         x = self.at_scale(x)
         return self.aligned(x, self.frac)
+
+    def as_fine(self, x: str) -> str:
+        """x with the bits that it has, as far as functions take them, and no fewer than activations."""
+        x = self.at_precision(x, max(self.frac, MOST_FINE))
+        return self.aligned(x, max(self.frac, self.types[x].frac))
 
     def as_factor(self, x: str) -> str:
         """x as an operand of a product: a few bits above the scale are left to the next truncation, at no cost."""

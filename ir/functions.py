@@ -31,6 +31,11 @@ class Known:
     closed: bool = False
     mirrored: bool = False
 
+    @property
+    def singular(self) -> bool:
+        """Whether it is steep at the end of where it is defined: its operand should then be known precisely there."""
+        return self.least > -math.inf
+
     def check(self, name: str, low: float, high: float) -> None:
         """Raise CompileError where the range holds a point at which the function is not defined."""
         if low > self.least or (self.closed and low == self.least) or (self.mirrored and high < -self.least):
@@ -81,6 +86,15 @@ FUNCTIONS: dict[str, Known] = {
     "rsqrt": Known(lambda x: torch.rsqrt(x), 0.0),
     # what a norm divides by, of the sum of `count` squares, which is known no better than down to a floor
     "rsqrt_of_mean": Known(lambda x, count, eps, floor=0.0: torch.rsqrt(x.clamp(min=floor) / count + eps), 0.0, True),
+    # one over a length to which eps was added, of the sum of squares
+    "inverse_length": Known(lambda x, eps, floor: 1 / (x.clamp(min=floor).sqrt() + eps), 0.0, True),
+    # the same two; and 0 below -gap / 2, where another form of the row is looked at
+    "rsqrt_of_mean_or_none": Known(
+        lambda x, count, eps, floor, gap: torch.where(x < -gap / 2, 0, torch.rsqrt(x.clamp(min=floor) / count + eps))
+    ),
+    "inverse_length_or_none": Known(
+        lambda x, eps, floor, gap: torch.where(x < -gap / 2, 0, 1 / (x.clamp(min=floor).sqrt() + eps))
+    ),
     "integer_power": Known(lambda x, exponent: torch.pow(x, exponent)),  # of a positive exponent
     "power": Known(lambda x, exponent: torch.pow(x, exponent), 0.0, True),  # of a positive exponent
     "inverse_power": Known(lambda x, exponent: torch.pow(x, -exponent), 0.0),  # of a positive exponent

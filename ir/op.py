@@ -116,6 +116,8 @@ class Op:
     suite: ClassVar[str] = ""
     # Whether `bound` loses nothing: what the operand's interval allows can occur. Measuring such a value tells no more.
     tight: ClassVar[bool] = False
+    # Whether the result is one modulo the ring, of which no range is claimed.
+    modular: ClassVar[bool] = False
     # Which value of a plan's `reveal` says the truth where the result of this op is what is revealed, beside "logits".
     reveals: ClassVar[str] = ""
     # For the leakage statement: what the client learns where the result of this op is what is revealed.

@@ -215,7 +215,11 @@ def _fit(
 ) -> Spline | None:
     """None where no degree reaches the error, which takes long to find out, too."""
     function = _on_integers(name, parameters, frac)
-    largest = float(np.abs(function(low + (high - low) * (_QUICK + 1) / 2)).max())
+    powers = 2.0 ** np.arange(bits_for(low, high))  # a function may be largest around 0, within the range
+    places = np.concatenate(
+        [low + (high - low) * (_QUICK + 1) / 2, _within(np.concatenate([-powers, [0.0], powers]), low, high)]
+    )
+    largest = float(np.abs(function(places)).max())
     if not math.isfinite(largest):
         raise CompileError(f"{name} is infinite somewhere in [{low / 2.0**frac:.4g}, {high / 2.0**frac:.4g}]")
     scale = min(_RESULT_BITS, _RESULT_BITS - math.ceil(math.log2(max(largest, 2.0**-16) * (1 + error))))

@@ -12,7 +12,9 @@ from tacit.ir.errors import CompileError
 from tacit.ir.files import write_whole
 from tacit.ir.plan import Plan
 from tacit.passes.draft import Draft
+from tacit.passes.finer import choose_finer
 from tacit.passes.lower import hoist_weight_openings, lower_to_protocol, number_lines, reveal_result, schedule_rounds
+from tacit.passes.norms import recognise_norms
 from tacit.passes.quantise import expand_to_fixed_point, fuse_truncation_into_relu
 from tacit.passes.ranges import bound_ranges
 from tacit.passes.rings import choose_rings, fit_small_ring
@@ -27,6 +29,8 @@ PIPELINE: tuple[Pass, ...] = (
     drop_softmax_before_argmax,
     fold_batch_norm,
     move_max_pool_before_relu,
+    recognise_norms,
+    choose_finer,
     choose_scale,
     expand_to_fixed_point,
     fuse_truncation_into_relu,

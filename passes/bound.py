@@ -10,6 +10,7 @@ import torch
 from tacit.ir.errors import CompileError
 from tacit.ir.op import inferred
 from tacit.ir.ops.comparison import TRUNCATION_WIDTH
+from tacit.ir.ops.known import Known
 from tacit.ir.ops.roles import Input, Weight
 from tacit.ir.ops.spline import FixedFunction
 from tacit.ir.plan import Node, Plan
@@ -65,9 +66,9 @@ def bounded(draft: Draft) -> Draft:
 def _typed(draft: Draft, found: Iterator[Bounded]) -> Draft:
     ends: dict[str, tuple[Node, int, int]] = {}
     for one in found:
-        width = bits_for(*one.interval.ends)
+        width = RING_BITS if one.node.op.modular else bits_for(*one.interval.ends)
         widest = WIDEST_MEASURED if one.margin else WIDEST
-        if width > widest:
+        if width > widest and not one.node.op.modular:
             raise TooWide(_too_wide(draft, one, width, widest), width - widest)
         ends[one.node.name] = one.node, width, one.margin
     types: dict[str, Type] = {}
@@ -96,7 +97,7 @@ def intervals(draft: Draft, seen: Mapping[str, Seen] | None = None) -> Iterator[
             if narrower is not None:
                 yield narrower
                 operands = (narrower.interval,)
-        found = Bounded(node, _interval(node, draft.weights, operands), operands)
+        found = Bounded(node, _claimed(plan, node, _interval(node, draft.weights, operands)), operands)
         if node.name in seen:
             found = _measured(draft, found, seen[node.name])
         if not isinstance(node.op, Weight):  # as float64 they would take twice the memory of the model
@@ -105,6 +106,14 @@ def intervals(draft: Draft, seen: Mapping[str, Seen] | None = None) -> Iterator[
         for arg in node.args:
             if last[arg] == node.name:
                 known.pop(arg, None)
+
+
+def _claimed(plan: Plan, node: Node, interval: Interval) -> Interval:
+    """What is known of the same value in the only line that reads it holds of it, too."""
+    users = plan.users(node.name)
+    if len(users) == 1 and isinstance(users[0].op, Known):
+        return interval.meet(Interval.full((1,) * len(interval.shape), users[0].op.low, users[0].op.high))
+    return interval
 
 
 def _margins(draft: Draft, name: str) -> Iterator[int]:

@@ -11,7 +11,7 @@ from tacit.ir.build import Builder
 from tacit.ir.cost import Cost
 from tacit.ir.errors import CompileError
 from tacit.ir.op import Level, Op
-from tacit.ir.ops import choice, linear, nonlinear, securenn, spline, wins
+from tacit.ir.ops import bilinear, choice, linear, local, nonlinear, securenn, spline, wins
 from tacit.ir.ops.comparison import ROOM_BITS
 from tacit.ir.ops.nonlinear import FixedArgmax, FixedEqual, FixedMaxPool2d, FixedReLU, Trunc
 from tacit.ir.ops.outputs import Pack
@@ -111,6 +111,19 @@ def _textbook_relu(b: Builder, node: Node, args: tuple[str, ...]) -> str:
     return b.emit(Trunc(bits), b.emit(securenn.TextbookReLU(), *args), name=node.name, width=node.type.width)
 
 
+def _squares_modulo(target: type[spline.FixedSpline]) -> Lowering:
+    """Squares, their sum and a constant: all lines are as wide as the ring."""
+
+    def lower(b: Builder, node: Node, args: tuple[str, ...]) -> str:
+        op = node.op
+        assert isinstance(op, bilinear.SquaresModulo)
+        square = target(**_attributes(bilinear.square(b.types[args[0]].frac)))
+        total = b.emit(local.Sum(op.over), b.emit(square, *args, width=RING_BITS), width=RING_BITS)
+        return b.emit(local.AddPublic(op.plus), total, name=node.name, width=RING_BITS)
+
+    return lower
+
+
 FUSED: Mapping[type[Op], Lowering] = {
     linear.FixedLinear: _product(linear.Linear),
     linear.FixedConv2d: _product(linear.Conv2d),
@@ -122,6 +135,7 @@ FUSED: Mapping[type[Op], Lowering] = {
     choice.FixedPositive: _windowed(choice.Positive, 0),
     choice.FixedChoose: _windowed_by_first(choice.Choose),
     spline.FixedSpline: _between_knots,
+    bilinear.SquaresModulo: _squares_modulo(spline.SplineOnShares),
 }
 SECURENN: Mapping[type[Op], Lowering] = {
     linear.FixedLinear: _direct(securenn.TextbookLinear),
@@ -134,6 +148,7 @@ SECURENN: Mapping[type[Op], Lowering] = {
     choice.FixedPositive: _direct(choice.TextbookPositive),
     choice.FixedChoose: _direct(choice.TextbookChoose),
     spline.FixedSpline: _direct(spline.TextbookSpline, drop=0),
+    bilinear.SquaresModulo: _squares_modulo(spline.TextbookSpline),
 }
 SUITES: Mapping[str, Mapping[type[Op], Lowering]] = {"fused": FUSED, "securenn": SECURENN}
 

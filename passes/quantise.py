@@ -29,7 +29,14 @@ def expand_to_fixed_point(draft: Draft) -> Draft:
     assert draft.frac_bits is not None
     plan, weight_frac = draft.plan, draft.frac_bits + EXTRA_WEIGHT_BITS
     error = default_error(draft.frac_bits) if draft.max_error is None else draft.max_error
-    b = FixedBuilder(draft.weights, frac=draft.frac_bits, weight_frac=weight_frac, max_error=error, spared=draft.spared)
+    b = FixedBuilder(
+        draft.weights,
+        frac=draft.frac_bits,
+        weight_frac=weight_frac,
+        max_error=error,
+        spared=draft.spared,
+        finer=draft.finer,
+    )
     names: dict[str, str] = {}
     for node in plan.nodes:
         with b.at(node.path, node.source, node.name):

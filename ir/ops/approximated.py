@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tacit.ir.build import MOST_FINE
 from tacit.ir.functions import known_function
 from tacit.ir.op import Sample
 from tacit.ir.ops.arithmetic import Add, AddScalar, MulScalar
@@ -34,6 +35,9 @@ class Function(ModelOp):
     function: str
     parameters: tuple[float, ...] = ()
 
+    def wants(self, frac: int) -> int:
+        return MOST_FINE if known_function(self.function).singular else 0
+
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         return known_function(self.function).function(args[0], *self.parameters)
 
@@ -48,7 +52,8 @@ class Function(ModelOp):
         return slope.abs()
 
     def expand(self, b: FixedBuilder, *args: str) -> str:
-        return b.function(self.function, b.at_activation_scale(args[0]), self.parameters)
+        x = b.as_fine(args[0]) if self.wants(0) else b.at_activation_scale(args[0])
+        return b.function(self.function, x, self.parameters)
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:

@@ -62,6 +62,9 @@ class Add(ModelOp):
         )
         return Type("real", shape)
 
+    def wants(self, frac: int) -> int:
+        return frac
+
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         return args[0] + args[1]
 
@@ -176,6 +179,9 @@ class AddScalar(ModelOp):
     def is_whole(self, *operands: bool) -> bool:
         return all(operands) and self.value == int(self.value)
 
+    def wants(self, frac: int) -> int:
+        return frac
+
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         return args[0] + self.value
 
@@ -208,6 +214,9 @@ class MulScalar(ModelOp):
 
     def is_whole(self, *operands: bool) -> bool:
         return all(operands) and self.value == int(self.value)
+
+    def wants(self, frac: int) -> int:
+        return frac
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         return args[0] * self.value
@@ -251,6 +260,9 @@ class SumAlong(ModelOp):
             return out
         shape = [d for i, d in enumerate(graph.fixed_shape(out)) if i and i not in k["dim"]]
         return reshaped(graph, out, shape)
+
+    def wants(self, frac: int) -> int:
+        return frac
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         return (torch.mean if self.mean else torch.sum)(args[0], dim=self.over, keepdim=True)

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from tacit.ir.op import Level, Sample, Subprotocol, expect, expect_kind
+from tacit.ir.op import Level, Op, Sample, Subprotocol, expect, expect_kind
 from tacit.ir.ops.linear import Product
+from tacit.ir.ops.local import Sum
 from tacit.ir.ops.securenn import Multiply
 from tacit.ir.ops.spline import FixedSpline
 from tacit.ir.ranges import Interval
@@ -101,6 +102,37 @@ class MatMul(OfTwoSecrets):
             Sample(cls(), (x, y)),
             Sample(cls(), (x.with_(shape=(Batch(2), 3, 4)), y.with_(shape=(Batch(2), 4, 1)))),
         )
+
+
+@dataclass(frozen=True)
+class SquaresModulo(Op):
+    """The sum of squares along axes, which stay with one element, plus a public integer: modulo 2^64, however large.
+
+    Nothing is claimed of its size, and nothing may compare or truncate it: it serves rows that are small, and is left
+    unchosen (`choice.Choose`) in others.
+    """
+
+    name = "fixed.squares_modulo"
+    levels = frozenset({Level.FIXED})
+    modular = True
+
+    over: tuple[int, ...]
+    plus: int = 0
+
+    def infer(self, x: Type) -> Type:
+        expect_kind("secret", x)
+        expect(2 * x.frac < RING_BITS, f"squares of {x} have more fractional bits than there are")
+        return Sum(self.over).infer(x).with_(frac=2 * x.frac, width=RING_BITS)
+
+    def reference(self, oracle: Any, *args: Tensor) -> Tensor:
+        return (args[0] * args[0]).sum(self.over, keepdim=True) + self.plus
+
+    def bound(self, x: Interval) -> Interval:
+        return Interval.full(tuple(1 if i + 1 in self.over else n for i, n in enumerate(x.shape)), -(2.0**63), 2.0**63)
+
+    @classmethod
+    def samples(cls) -> tuple[Sample, ...]:
+        return (Sample(cls((1,), 5), (Type("secret", (Batch(), 4, 3), 24, 60),)),)
 
 
 def square(of: int) -> FixedSpline:

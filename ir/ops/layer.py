@@ -62,6 +62,11 @@ class Layer:
         """Write the fixed-point form; operands that are weights come as their labels."""
         raise NotImplementedError
 
+    def wants(self, frac: int) -> int:
+        """The fractional bits that operands should have for a result with so many, where a few are more than usual;
+        0 where the usual ones do."""
+        return 0
+
     def is_whole(self, *operands: bool) -> bool:
         """Whether the result has no fractional bits and is exact, given which operands are such whole numbers."""
         return False

@@ -90,6 +90,9 @@ class NoOp(ModelOp):
     def is_whole(self, *operands: bool) -> bool:
         return all(operands)
 
+    def wants(self, frac: int) -> int:
+        return frac
+
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         return args[0]
 

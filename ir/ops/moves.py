@@ -39,6 +39,9 @@ class Move(Layer, LocalOp):
     def is_whole(self, *operands: bool) -> bool:
         return all(operands)
 
+    def wants(self, frac: int) -> int:
+        return frac
+
     def infer(self, x: Type) -> Type:
         expect(x.kind in ("real", "secret"), f"expected a real or secret operand, found {x}")
         expect(x.batched, f"only a batched value is moved about: {x}")

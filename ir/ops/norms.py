@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tacit.ir.build import MOST_FINE
 from tacit.ir.op import Sample
-from tacit.ir.ops import local
+from tacit.ir.ops import choice, local
 from tacit.ir.ops.approximated import Function
 from tacit.ir.ops.arithmetic import Add, Mul, SumAlong
-from tacit.ir.ops.bilinear import Times, square
+from tacit.ir.ops.bilinear import SquaresModulo, Times, square
 from tacit.ir.ops.layer import WHOLE, Layer, real
 from tacit.ir.ops.model import ModelOp
 from tacit.ir.ops.moves import reshaped
@@ -24,27 +25,31 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 _N = Batch()
-# Fractional bits that differences from a mean, and what they are multiplied with, have more than activations.
-_EXTRA, _EXTRA_FACTOR = 4, 6
-# Squares have twice as many, and sums of those have to fit the ring; so does a small difference times a large factor.
-_MOST_BITS = 18
+# Fractional bits of count x: values of 2^18 and more still fit the ring beside them.
+_MOST_FINE_BITS = 44
 # Fractional bits of a sum of squares, less those of their number, that fit the ring beside values of 2^8; but as many
 # bits of what is squared are kept in any case.
 _MOST_SQUARED_BITS, _LEAST_FACTOR_BITS = 46, 16
+# Fractional bits of variances, above those of activations.
+_EXTRA = 4
+# Of what x is multiplied with: 2^-8 to three digits. Less those, x may have as many as its norm has room for.
+_FACTOR_BITS, _PRODUCT_BITS = 20, 60
+# To what that is approximated at least, unless less is asked for: alike for all elements, it scales the result.
+_FACTOR_ERROR = 2.0**-11
 # Fractional bits of sums of squares that are left, and the least mean of squares that is told from less: the
 # polynomials of a root reach over 36 bits or so.
-_LEAST_MEAN = 2.0**-22
-_LEAST_SUM_BITS, _MOST_SUM_BITS = 12, 26
-# To what the factor is approximated at least, unless less is asked for: alike for all elements, it scales the result.
-_FACTOR_ERROR = 2.0**-11
+_LEAST_SUM_BITS, _MOST_SUM_BITS, _LEAST_MEAN = 12, 26, 2.0**-22
 # How far below eps the sum of squares is still resolved.
 _BELOW_EPS = 8
-# Fractional bits of count x: values of 2^18 and more still fit the ring beside them.
-_MOST_FINE_BITS = 44
+# Where eps lies below that, rows with a mean below 2^-16 are looked at in another form: x with 28 fractional bits, of
+# which the squares would not fit for other rows, and their sum with up to 49, less those of their number.
+_SMALL_MEAN, _SMALL_BITS, _SMALL_SUM_BITS = 2.0**-16, 28, 49
+# By how many bits those have to be more than the ones that are squared in any case.
+_WORTH_IT = 3
 
 
 def centred(b: FixedBuilder, x: str, axes: tuple[int, ...]) -> tuple[str, float]:
-    """x less its mean along axes, times a factor from 1 up to 2 that is told; a few bits more than activations.
+    """x less its mean along axes, times a factor from 1 up to 2 that is told; with all the bits that there are.
 
     count x - sum(x) is exact, and 0 where all elements are equal, however x would have been rounded; a truncation
     keeps 0. The largest power of two in the count joins the scale, the rest is the factor. So x is not truncated
@@ -55,39 +60,101 @@ def centred(b: FixedBuilder, x: str, axes: tuple[int, ...]) -> tuple[str, float]
     x = b.at_precision(x, max(b.frac, _MOST_FINE_BITS - bits))
     total = b.emit(local.MulPublic(1, bits), b.emit(local.Sum(axes), x)) if bits else b.emit(local.Sum(axes), x)
     apart = b.minus(b.emit(local.MulPublic(count, bits), x) if bits else x, total)
-    return b.at_precision(apart, max(b.frac, min(b.frac + _EXTRA, _MOST_BITS))), count / 2.0**bits
+    return apart, count / 2.0**bits
 
 
 def sum_of_squares(b: FixedBuilder, x: str, axes: tuple[int, ...], frac: int) -> str:
     """Of x along axes, with at most `frac` fractional bits; never negative."""
-    count = local.Sum(axes).count(b.types[x].at(1).dims)
-    x = b.at_precision(x, max(_LEAST_FACTOR_BITS, (_MOST_SQUARED_BITS - count.bit_length()) // 2))
+    return b.at_precision(_all_bits(b, x, axes), frac)
+
+
+def _all_bits(b: FixedBuilder, x: str, axes: tuple[int, ...]) -> str:
+    """The sum of squares as it comes, of x with as many bits as fit; never negative."""
+    x = b.at_precision(x, _squared_bits(b, x, axes))
     squares = b.emit(square(b.types[x].frac), x)
-    return b.known(b.at_precision(b.emit(local.Sum(axes), squares), frac), low=0.0)
+    return b.known(b.emit(local.Sum(axes), squares), low=0.0)
 
 
-def normalised(b: FixedBuilder, x: str, axes: tuple[int, ...], count: float, eps: float) -> str:
-    """x / sqrt(sum of squares / count + eps).
+def _squared_bits(b: FixedBuilder, x: str, axes: tuple[int, ...]) -> int:
+    count = local.Sum(axes).count(b.types[x].at(1).dims)
+    return max(_LEAST_FACTOR_BITS, (_MOST_SQUARED_BITS - count.bit_length()) // 2)
 
-    Where eps is less, a mean below (4 units of x)^2 is taken as that, because x is known no better; below 2^-22 it is
-    taken as that in any case.
+
+@dataclass(frozen=True)
+class _Inverse:
+    """What a vector is multiplied with, as a function of the sum of its squares.
+
+    kind "mean": 1 / sqrt(sum / count + eps). "length": 1 / max(sqrt(sum), eps). "added": 1 / (sqrt(sum) + eps).
     """
-    floor = count * max(2.0 ** (4 - 2 * b.frac), _LEAST_MEAN)
-    resolved = math.ceil(-math.log2(max(eps * count, floor))) + _BELOW_EPS
-    bits = max(min(b.frac, _LEAST_SUM_BITS), min(resolved, _MOST_SUM_BITS))
-    squares = sum_of_squares(b, x, axes, bits)
-    factor = b.function(
-        "rsqrt_of_mean",
-        squares,
-        (float(count), eps, floor) if floor > eps * count else (float(count), eps),
-        frac=max(b.frac, min(b.frac + _EXTRA_FACTOR, _MOST_BITS)),
-        error=max(b.max_error / 2, min(b.max_error, _FACTOR_ERROR)),
-        relative=True,
-    )
+
+    kind: str
+    eps: float
+    count: float = 1.0
+
+    @property
+    def least(self) -> float:
+        """The sum of squares below which eps rules: a root is still seen beside an eps that is larger."""
+        if self.kind == "mean":
+            return self.eps * self.count
+        return self.eps**2 * (2.0**-14 if self.kind == "added" else 1.0)
+
+    def of(self, b: FixedBuilder, squares: str, floor: float, gap: float | None = None) -> str:
+        """The function of a line, with the sum taken as `floor` where it is less; 0 where it lies below -gap / 2."""
+        parameters: tuple[float, ...]
+        if self.kind == "added":
+            name, parameters = "inverse_length", (self.eps, floor)
+        elif self.kind == "length":
+            name, parameters = "rsqrt_of_mean", (1.0, 0.0, max(floor, self.least))
+        else:
+            name, parameters = "rsqrt_of_mean", (float(self.count), self.eps, floor)
+        if gap is not None:
+            name, parameters = f"{name}_or_none", (*parameters, gap)
+        error = max(b.max_error / 2, min(b.max_error, _FACTOR_ERROR))
+        return b.function(name, squares, parameters, frac=_FACTOR_BITS, error=error, relative=True)
+
+
+def normalised(b: FixedBuilder, x: str, axes: tuple[int, ...], inverse: _Inverse) -> str:
+    """x times a function of the sum of its squares along axes.
+
+    A sum below that of (4 units of x)^2 is taken as that, because x is known no better.
+    """
+    length = math.ceil(math.log2(local.Sum(axes).count(b.types[x].at(1).dims)) / 2) + 1
+    x = b.at_precision(x, max(b.frac, _PRODUCT_BITS - _FACTOR_BITS - length))
+    fine = min(b.types[x].frac, _SMALL_BITS)
+    if inverse.least < inverse.count * _LEAST_MEAN and fine > _squared_bits(b, x, axes) + _WORTH_IT:
+        x = b.at_precision(x, fine)
+        factor = _by_size(b, x, axes, inverse)
+    else:
+        known = inverse.count * 2.0 ** (4 - 2 * b.types[x].frac)
+        floor = max(known, min(inverse.count * _LEAST_MEAN, inverse.least * 2.0**-_BELOW_EPS))
+        resolved = math.ceil(-math.log2(max(inverse.least, floor))) + _BELOW_EPS
+        bits = max(min(b.frac, _LEAST_SUM_BITS), min(resolved, _MOST_SUM_BITS))
+        factor = inverse.of(b, sum_of_squares(b, x, axes, bits), floor)
     out = b.emit(Times(), x, factor)
     # |x| <= sqrt(sum of squares), up to the errors of the factor and of the sum: Cauchy-Schwarz.
-    reach = math.sqrt(count) * 2.0 ** b.types[out].frac * 17 / 16
+    reach = math.sqrt(inverse.count) * 2.0 ** b.types[out].frac * 17 / 16
     return b.known(out, low=-reach, high=reach)
+
+
+def _by_size(b: FixedBuilder, x: str, axes: tuple[int, ...], inverse: _Inverse) -> str:
+    """The factor of rows of any size: of small ones from all bits of x, whose squares would not fit for large ones.
+
+    One comparison tells which a row is. The sum of squares that does not count becomes a number well below 0, of which
+    the function is 0: so the two are added up, and no second choice is needed.
+    """
+    large, frac = _all_bits(b, x, axes), 2 * b.types[x].frac
+    limit = inverse.count * _SMALL_MEAN
+    edge, gap = b.constant(limit, b.types[large].frac), b.constant(limit, frac)
+    small_row = b.emit(local.AddPublic(edge), b.emit(local.MulPublic(-1), large))
+    large_row = b.emit(local.AddPublic(-edge - 1), large)
+    chosen = b.emit(choice.FixedChoose(), small_row, b.emit(SquaresModulo(axes, gap), x))
+    chosen = b.known(chosen, low=0.0, high=4.0 * gap)  # of a sum up to twice the limit: `large` is rounded
+    bits = _SMALL_SUM_BITS - math.ceil(math.log2(inverse.count))
+    chosen = b.at_precision(b.emit(local.AddPublic(-gap), chosen), bits)
+    small = inverse.of(b, chosen, inverse.count * 2.0 ** (4 - frac), limit)
+    rest = b.emit(choice.FixedChoose(), large_row, b.emit(local.AddPublic(edge), large))
+    rest = b.at_precision(b.emit(local.AddPublic(-edge), rest), _MOST_SUM_BITS)
+    return b.plus(small, inverse.of(b, rest, limit, limit))
 
 
 @dataclass(frozen=True)
@@ -100,6 +167,9 @@ class Normalise(ModelOp):
     over: tuple[int, ...]
     eps: float
 
+    def wants(self, frac: int) -> int:
+        return MOST_FINE
+
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         variance, mean = torch.var_mean(args[0], self.over, correction=0, keepdim=True)
         return (args[0] - mean) * torch.rsqrt(variance + self.eps)
@@ -111,7 +181,7 @@ class Normalise(ModelOp):
         """Of c (x - mean) and c^2 eps, which is the same."""
         x, factor = centred(b, args[0], self.over)
         count = local.Sum(self.over).count(b.types[x].at(1).dims)
-        return normalised(b, x, self.over, count, self.eps * factor**2)
+        return normalised(b, x, self.over, _Inverse("mean", self.eps * factor**2, count))
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
@@ -120,29 +190,31 @@ class Normalise(ModelOp):
 
 @dataclass(frozen=True)
 class UnitLength(ModelOp):
-    """x / max(|x|, eps) along axes, up to the rounding of very short vectors: torch.nn.functional.normalize."""
+    """x / max(|x|, eps) along axes, as torch.nn.functional.normalize has it, or x / (|x| + eps)."""
 
     name = "model.unit_length"
     batch_anywhere = True
 
     over: tuple[int, ...]
     eps: float
+    added: bool = False
+
+    def wants(self, frac: int) -> int:
+        return MOST_FINE
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
-        length: Tensor = torch.linalg.vector_norm(args[0], dim=self.over, keepdim=True)
-        return args[0] / length.clamp(min=self.eps)
+        return args[0] * self.gain(*args)
 
     def gain(self, *args: Tensor) -> Tensor:
         length: Tensor = torch.linalg.vector_norm(args[0], dim=self.over, keepdim=True)
-        return 1 / length.clamp(min=self.eps)
+        return 1 / (length + self.eps if self.added else length.clamp(min=self.eps))
 
     def expand(self, b: FixedBuilder, *args: str) -> str:
-        x = b.as_factor(args[0])
-        return normalised(b, x, self.over, 1.0, self.eps**2)
+        return normalised(b, args[0], self.over, _Inverse("added" if self.added else "length", self.eps))
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
-        return (Sample(cls((1,), 1e-6), (real(_N, 7),)),)
+        return tuple(Sample(cls((1,), 1e-6, added), (real(_N, 7),)) for added in (False, True))
 
 
 @dataclass(frozen=True)
@@ -180,6 +252,9 @@ class SumOfSquares(ModelOp):
     batch_anywhere = True
 
     over: tuple[int, ...]
+
+    def wants(self, frac: int) -> int:
+        return frac and MOST_FINE
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         return (args[0] ** 2).sum(self.over, keepdim=True)
@@ -224,6 +299,9 @@ class RootMeanSquare(ModelOp):
     over: tuple[int, ...]
     eps: float
 
+    def wants(self, frac: int) -> int:
+        return MOST_FINE
+
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         return args[0] * torch.rsqrt((args[0] ** 2).mean(self.over, keepdim=True) + self.eps)
 
@@ -231,8 +309,8 @@ class RootMeanSquare(ModelOp):
         return torch.rsqrt((args[0] ** 2).mean(self.over, keepdim=True) + self.eps)
 
     def expand(self, b: FixedBuilder, *args: str) -> str:
-        x = b.as_factor(args[0])
-        return normalised(b, x, self.over, local.Sum(self.over).count(b.types[x].at(1).dims), self.eps)
+        count = local.Sum(self.over).count(b.types[args[0]].at(1).dims)
+        return normalised(b, args[0], self.over, _Inverse("mean", self.eps, count))
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tacit.ir.build import MOST_FINE
 from tacit.ir.op import Sample, expect
 from tacit.ir.ops import bilinear
 from tacit.ir.ops.affine import Linear
@@ -74,6 +75,9 @@ class Quotient(ModelOp):
     def infer(self, *args: Type) -> Type:
         return Times().infer(*args)
 
+    def wants(self, frac: int) -> int:
+        return MOST_FINE
+
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         return args[0] / args[1]
 
@@ -81,7 +85,7 @@ class Quotient(ModelOp):
         return 1 / args[1].abs()
 
     def expand(self, b: FixedBuilder, *args: str) -> str:
-        y = b.at_activation_scale(args[1])
+        y = b.as_fine(args[1])
         frac = b.frac + _RECIPROCAL_BITS
         inverse = b.function("reciprocal", y, frac=frac, error=b.max_error, relative=True)
         x = b.as_factor(_of_rank(b, args[0], args))
