@@ -81,6 +81,8 @@ def _culprit(draft: Draft, row: Values, approximated: bool) -> _Grown:
             continue
         if amplified := [one for one in grown if one.amplified]:
             return max(amplified, key=lambda one: one.factor)
+    if not any(one.after for one in grown):  # exact here, and not in float32
+        return max(grown, key=lambda one: one.gain)
     return max([one for one in grown if one.amplified] or grown, key=lambda one: one.factor)
 
 

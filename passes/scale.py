@@ -40,6 +40,8 @@ _SPARE = 2
 _FAINT_ALLOWED = 4.0
 # Which of the edges is high everywhere: as good as one that is low.
 _HIGH = 1
+# From so many bits on polynomials are the finer, the finer the scale is.
+_FINER_FROM = 13
 # Random inputs of the range may take so many bits more than those that were shown.
 _MORE = 2
 # Once a scale is found, later trials look at the rows that were worst.
@@ -117,7 +119,7 @@ def _again(draft: Draft, before: Tensor, *, approximated: bool) -> Tensor:
 
 def _with_finer(draft: Draft, found: Tensor) -> tuple[Draft, Tensor]:
     """With the polynomials of its scale, and of scales with more bits, as long as these help; and what is missed."""
-    finer = replace(draft, max_error=None)
+    finer = _at(replace(draft, max_error=None), min(max(draft.frac_bits or 0, _FINER_FROM), draft.most))
     while fits(finer):
         again = misses(finer, approximated=True)
         if again.max() >= found.max():

@@ -141,16 +141,20 @@ def edges_are_amplified(draft: Draft) -> bool:
 
 
 def most_frac_bits(draft: Draft, tried: int) -> int:
-    """With how many fractional bits all values fit the ring, by what the probes show and the least margin."""
+    """With how many fractional bits all values fit the ring, by what the probes show and the least margin.
+
+    tried: with how many the network is looked at. Lines that get no more with more, as those of norms, do not count.
+    """
     largest = look(answering(draft), draft.probes).largest
-    fixed = expand_to_fixed_point(draft.with_(draft.plan, frac_bits=tried)).plan
-    widths = [
-        math.log2(max(largest[node.origin] * draft.margin[0], 1.0)) + node.type.frac + 1
-        for node in fixed.nodes
-        if node.origin in largest and node.type.batched
-    ]
-    free = WIDEST_MEASURED - max(widths, default=0.0)
-    return max(LEAST_FRAC_BITS, min(MOST_FRAC_BITS, math.floor(tried + free / 2)))
+    coarse, fine = (expand_to_fixed_point(draft.with_(draft.plan, frac_bits=bits)).plan for bits in (tried, tried + 1))
+    most = MOST_FRAC_BITS
+    for node in coarse.nodes:
+        again = fine.by_name.get(node.name)
+        grown = 0 if again is None or again.origin != node.origin else again.type.frac - node.type.frac
+        if node.origin in largest and node.type.batched and grown > 0:
+            width = math.log2(max(largest[node.origin] * draft.margin[0], 1.0)) + node.type.frac + 1
+            most = min(most, math.floor(tried + (WIDEST_MEASURED - width) / grown))
+    return max(LEAST_FRAC_BITS, most)
 
 
 @dataclass(frozen=True)

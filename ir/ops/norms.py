@@ -119,7 +119,7 @@ def normalised(b: FixedBuilder, x: str, axes: tuple[int, ...], inverse: _Inverse
     A sum below that of (4 units of x)^2 is taken as that, because x is known no better.
     """
     length = math.ceil(math.log2(local.Sum(axes).count(b.types[x].at(1).dims)) / 2) + 1
-    x = b.at_precision(x, max(b.frac, _PRODUCT_BITS - _FACTOR_BITS - length))
+    x = b.at_precision(x, max(b.frac, min(_SMALL_BITS, _PRODUCT_BITS - _FACTOR_BITS - length)))
     fine = min(b.types[x].frac, _SMALL_BITS)
     if inverse.least < inverse.count * _LEAST_MEAN and fine > _squared_bits(b, x, axes) + _WORTH_IT:
         x = b.at_precision(x, fine)
