@@ -23,6 +23,8 @@ _TOLERATED_EXCESS = 6
 _SMALL, _MOST_WEIGHT_BITS, _HUGE = 6, 48, 40
 
 
+# How large a value may be of which nothing else is known.
+_USUAL_REACH = 2.0**7
 # Fractional bits of what is divided by, or looked at on a logarithmic scale: float32 has as many for values around 1.
 MOST_FINE = 30
 
@@ -109,13 +111,16 @@ class FixedBuilder(Builder):
         max_error: float = 2.0**-10,
         spared: Mapping[str, int] | None = None,
         finer: Mapping[str, int] | None = None,
+        sizes: Mapping[str, float] | None = None,
     ) -> None:
         """`spared`: by how many bits the weights of a line of the model level have fewer. `finer`: how many fractional
-        bits the result of a line has, where it is to have more than others."""
+        bits the result of a line has, where it is to have more than others. `sizes`: how large it may become."""
         super().__init__(Level.FIXED)
         self.max_error = max_error
         self._frac = frac
         self._finer = finer or {}
+        self._sizes = sizes or {}
+        self._origins: dict[str, str] = {}
         self._weight_frac = weight_frac
         self._spared = spared or {}
         self._real = dict(weights)
@@ -159,7 +164,12 @@ class FixedBuilder(Builder):
         key = (op, args)
         if key not in self._emitted:
             self._emitted[key] = super().emit(op, *args, name=name, width=width)
+            self._origins[self._emitted[key]] = self.origin
         return self._emitted[key]
+
+    def reach(self, x: str) -> float:
+        """How large the value may become of whose line of the model level this is the last one."""
+        return self._sizes.get(self._origins.get(x, x), _USUAL_REACH)
 
     def real(self, label: str) -> Tensor:
         return self._real[label]

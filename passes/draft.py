@@ -47,6 +47,7 @@ class Draft:
     max_error: float | None = None  # of the polynomials that stand for functions such as sigmoid; None: by the scale
     spared: Mapping[str, int] = field(default_factory=dict)  # by how many bits the weights of a line have fewer
     finer: Mapping[str, int] = field(default_factory=dict)  # fractional bits of lines that have more than others
+    sizes: Mapping[str, float] = field(default_factory=dict)  # how large lines may become, for what is divided by data
     answer: Tree = None  # the structure of the results in the model's own classes; None for a lone tensor
     model: Draft | None = None  # below the model level: the draft that was written in fixed point
     edges: Values = field(default_factory=dict)  # as `probes`: blank and nearly blank inputs

@@ -6,15 +6,21 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
+from tacit.ir.op import Op
+from tacit.ir.ops.affine import Convolving, Linear
+from tacit.ir.ops.arithmetic import Add, AddScalar, Mul, MulScalar, SumAlong
 from tacit.ir.ops.layer import Layer
+from tacit.ir.ops.moves import Move
+from tacit.ir.ops.norms import Normalise, RootMeanSquare, UnitLength
 from tacit.ir.ops.roles import Input
 from tacit.ir.plan import Plan
 from tacit.passes.draft import Draft
 from tacit.passes.trial import answering, look
 
+_PRODUCTS = Linear, Convolving, Mul
+_LINEAR = *_PRODUCTS, Move, Add, AddScalar, MulScalar, SumAlong, RootMeanSquare, Normalise, UnitLength
 # Bits of a value, in front of the point and behind: what is beyond only a polynomial over more octaves would use.
 _MOST_BITS = 34
-_ROOM = 4.0  # how many times as large as on the probes values may be
 
 
 def choose_finer(draft: Draft) -> Draft:
@@ -24,32 +30,48 @@ def choose_finer(draft: Draft) -> Draft:
     is declared with more. So the scale of the network does not have to follow the one value that needs it.
     """
     wanted = _wanted(draft.plan)
-    return replace(draft, finer=_capped(draft, wanted)) if wanted else draft
+    if not wanted:
+        return draft
+    largest = look(answering(draft), draft.probes).largest
+    sizes = {name: size * draft.margin[1] for name, size in largest.items()}
+    inputs = ((node.name, node.op) for node in draft.plan.nodes if isinstance(node.op, Input))
+    sizes |= {name: max(-op.low, op.high) for name, op in inputs}
+    return replace(draft, finer=_capped(wanted, sizes), sizes=sizes)
 
 
 def _wanted(plan: Plan) -> dict[str, int]:
+    """The bits of each line, and of those that products hand on, no more than cost nothing: a function or a comparison
+    in front of a product keeps the bits of activations."""
     found: dict[str, int] = {}
+    handed: dict[str, int] = {}  # through a product
     for node in reversed(plan.nodes):
         if not isinstance(node.op, Layer):
             continue
-        bits = node.op.wants(found.get(node.name, 0))
+        product = isinstance(node.op, _PRODUCTS)
+        direct, through = node.op.wants(found.get(node.name, 0)), 0
+        if isinstance(node.op, _LINEAR):
+            through = node.op.wants(handed.get(node.name, 0))
+        if product:
+            direct, through = 0, max(direct, through)
         for arg in node.args:
-            if bits and plan.node(arg).type.batched:
-                found[arg] = max(bits, found.get(arg, 0))
-    return {name: bits for name, bits in found.items() if _keeps(plan, name)}
+            if plan.node(arg).type.batched:
+                for bits, wanted in ((direct, found), (through, handed)):
+                    if bits:
+                        wanted[arg] = max(bits, wanted.get(arg, 0))
+    for name, bits in handed.items():
+        if isinstance(plan.node(name).op, (Input, *_LINEAR)):
+            found[name] = max(bits, found.get(name, 0))
+    return {name: bits for name, bits in found.items() if not _is_whole(plan.node(name).op)}
 
 
-def _keeps(plan: Plan, name: str) -> bool:
-    """Whether the line has the bits that it is given: whole numbers need none."""
-    op = plan.node(name).op
-    return not (isinstance(op, Input) and op.integers)
+def _is_whole(op: Op) -> bool:
+    """Whole numbers need no fractional bits."""
+    return isinstance(op, Input) and op.integers
 
 
-def _capped(draft: Draft, wanted: Mapping[str, int]) -> dict[str, int]:
+def _capped(wanted: Mapping[str, int], sizes: Mapping[str, float]) -> dict[str, int]:
     """As far as values of their size leave room."""
-    largest, found = look(answering(draft), draft.probes).largest, {}
-    for name, bits in wanted.items():
-        op = draft.plan.node(name).op
-        reach = max(-op.low, op.high) if isinstance(op, Input) else largest.get(name, 1.0) * _ROOM
-        found[name] = min(bits, _MOST_BITS - math.ceil(math.log2(max(reach, 1.0))))
-    return found
+    return {
+        name: min(bits, _MOST_BITS - math.ceil(math.log2(max(sizes.get(name, 1.0), 1.0))))
+        for name, bits in wanted.items()
+    }

@@ -36,6 +36,7 @@ def expand_to_fixed_point(draft: Draft) -> Draft:
         max_error=error,
         spared=draft.spared,
         finer=draft.finer,
+        sizes=draft.sizes,
     )
     names: dict[str, str] = {}
     for node in plan.nodes:

@@ -44,6 +44,9 @@ class Linear(ModelOp):
         """The weight with each feature of the result times its factor."""
         return (weight * factor.reshape(-1, 1)).to(weight.dtype)
 
+    def wants(self, frac: int) -> int:
+        return frac
+
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         return F.linear(*args)
 
@@ -96,6 +99,9 @@ class Convolving(ModelOp):
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int = 1
+
+    def wants(self, frac: int) -> int:
+        return frac
 
     @classmethod
     def capture(cls, graph: Capture, **k: Any) -> str:

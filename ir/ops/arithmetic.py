@@ -129,6 +129,9 @@ class Mul(ModelOp):
     def is_whole(self, *operands: bool) -> bool:
         return all(operands)
 
+    def wants(self, frac: int) -> int:
+        return frac
+
     def infer(self, *args: Type) -> Type:
         return Add().infer(*args)
 

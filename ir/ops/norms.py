@@ -12,7 +12,7 @@ from tacit.ir.build import MOST_FINE
 from tacit.ir.op import Sample
 from tacit.ir.ops import choice, local
 from tacit.ir.ops.approximated import Function
-from tacit.ir.ops.arithmetic import Add, Mul, SumAlong
+from tacit.ir.ops.arithmetic import Add, Mul, MulScalar, SumAlong
 from tacit.ir.ops.bilinear import SquaresModulo, Times, square
 from tacit.ir.ops.layer import WHOLE, Layer, real
 from tacit.ir.ops.model import ModelOp
@@ -29,7 +29,7 @@ _N = Batch()
 _MOST_FINE_BITS = 44
 # Fractional bits of a sum of squares, less those of their number, that fit the ring beside values of 2^8; but as many
 # bits of what is squared are kept in any case.
-_MOST_SQUARED_BITS, _LEAST_FACTOR_BITS = 46, 16
+_MOST_SQUARED_BITS, _LEAST_FACTOR_BITS, _LEAST_SQUARED_BITS = 46, 16, 6
 # Fractional bits of variances, above those of activations.
 _EXTRA = 4
 # Of what x is multiplied with: 2^-8 to three digits. Less those, x may have as many as its norm has room for.
@@ -63,21 +63,23 @@ def centred(b: FixedBuilder, x: str, axes: tuple[int, ...]) -> tuple[str, float]
     return apart, count / 2.0**bits
 
 
-def sum_of_squares(b: FixedBuilder, x: str, axes: tuple[int, ...], frac: int) -> str:
-    """Of x along axes, with at most `frac` fractional bits; never negative."""
-    return b.at_precision(_all_bits(b, x, axes), frac)
+def sum_of_squares(b: FixedBuilder, x: str, axes: tuple[int, ...], reach: float, frac: int) -> str:
+    """Of x, which may be as large as its reach, along axes, with at most `frac` fractional bits; never negative."""
+    return b.at_precision(_all_bits(b, x, axes, reach), frac)
 
 
-def _all_bits(b: FixedBuilder, x: str, axes: tuple[int, ...]) -> str:
+def _all_bits(b: FixedBuilder, x: str, axes: tuple[int, ...], reach: float) -> str:
     """The sum of squares as it comes, of x with as many bits as fit; never negative."""
-    x = b.at_precision(x, _squared_bits(b, x, axes))
+    x = b.at_precision(x, _squared_bits(b, x, axes, reach))
     squares = b.emit(square(b.types[x].frac), x)
     return b.known(b.emit(local.Sum(axes), squares), low=0.0)
 
 
-def _squared_bits(b: FixedBuilder, x: str, axes: tuple[int, ...]) -> int:
+def _squared_bits(b: FixedBuilder, x: str, axes: tuple[int, ...], reach: float) -> int:
     count = local.Sum(axes).count(b.types[x].at(1).dims)
-    return max(_LEAST_FACTOR_BITS, (_MOST_SQUARED_BITS - count.bit_length()) // 2)
+    usual = max(_LEAST_FACTOR_BITS, (_MOST_SQUARED_BITS - count.bit_length()) // 2)
+    whole = 2 * math.ceil(math.log2(max(reach, 1.0))) + count.bit_length()
+    return max(_LEAST_SQUARED_BITS, min(usual, (_PRODUCT_BITS - whole) // 2))
 
 
 @dataclass(frozen=True)
@@ -113,36 +115,36 @@ class _Inverse:
         return b.function(name, squares, parameters, frac=_FACTOR_BITS, error=error, relative=True)
 
 
-def normalised(b: FixedBuilder, x: str, axes: tuple[int, ...], inverse: _Inverse) -> str:
-    """x times a function of the sum of its squares along axes.
+def normalised(b: FixedBuilder, x: str, axes: tuple[int, ...], reach: float, inverse: _Inverse) -> str:
+    """x, which may be as large as its reach, times a function of the sum of its squares along axes.
 
     A sum below that of (4 units of x)^2 is taken as that, because x is known no better.
     """
     length = math.ceil(math.log2(local.Sum(axes).count(b.types[x].at(1).dims)) / 2) + 1
     x = b.at_precision(x, max(b.frac, min(_SMALL_BITS, _PRODUCT_BITS - _FACTOR_BITS - length)))
     fine = min(b.types[x].frac, _SMALL_BITS)
-    if inverse.least < inverse.count * _LEAST_MEAN and fine > _squared_bits(b, x, axes) + _WORTH_IT:
+    if inverse.least < inverse.count * _LEAST_MEAN and fine > _squared_bits(b, x, axes, reach) + _WORTH_IT:
         x = b.at_precision(x, fine)
-        factor = _by_size(b, x, axes, inverse)
+        factor = _by_size(b, x, axes, reach, inverse)
     else:
         known = inverse.count * 2.0 ** (4 - 2 * b.types[x].frac)
         floor = max(known, min(inverse.count * _LEAST_MEAN, inverse.least * 2.0**-_BELOW_EPS))
         resolved = math.ceil(-math.log2(max(inverse.least, floor))) + _BELOW_EPS
         bits = max(min(b.frac, _LEAST_SUM_BITS), min(resolved, _MOST_SUM_BITS))
-        factor = inverse.of(b, sum_of_squares(b, x, axes, bits), floor)
+        factor = inverse.of(b, sum_of_squares(b, x, axes, reach, bits), floor)
     out = b.emit(Times(), x, factor)
     # |x| <= sqrt(sum of squares), up to the errors of the factor and of the sum: Cauchy-Schwarz.
     reach = math.sqrt(inverse.count) * 2.0 ** b.types[out].frac * 17 / 16
     return b.known(out, low=-reach, high=reach)
 
 
-def _by_size(b: FixedBuilder, x: str, axes: tuple[int, ...], inverse: _Inverse) -> str:
+def _by_size(b: FixedBuilder, x: str, axes: tuple[int, ...], reach: float, inverse: _Inverse) -> str:
     """The factor of rows of any size: of small ones from all bits of x, whose squares would not fit for large ones.
 
     One comparison tells which a row is. The sum of squares that does not count becomes a number well below 0, of which
     the function is 0: so the two are added up, and no second choice is needed.
     """
-    large, frac = _all_bits(b, x, axes), 2 * b.types[x].frac
+    large, frac = _all_bits(b, x, axes, reach), 2 * b.types[x].frac
     limit = inverse.count * _SMALL_MEAN
     edge, gap = b.constant(limit, b.types[large].frac), b.constant(limit, frac)
     small_row = b.emit(local.AddPublic(edge), b.emit(local.MulPublic(-1), large))
@@ -159,33 +161,39 @@ def _by_size(b: FixedBuilder, x: str, axes: tuple[int, ...], inverse: _Inverse) 
 
 @dataclass(frozen=True)
 class Normalise(ModelOp):
-    """(x - mean) / sqrt(variance + eps) along axes."""
+    """(x - mean) / sqrt(variance + eps) along axes; or (x - mean) / (sqrt(variance) + eps)."""
 
     name = "model.normalise"
     batch_anywhere = True
 
     over: tuple[int, ...]
     eps: float
+    added: bool = False
 
     def wants(self, frac: int) -> int:
         return MOST_FINE
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
-        variance, mean = torch.var_mean(args[0], self.over, correction=0, keepdim=True)
-        return (args[0] - mean) * torch.rsqrt(variance + self.eps)
+        return (args[0] - args[0].mean(self.over, keepdim=True)) * self.gain(*args)
 
     def gain(self, *args: Tensor) -> Tensor:
-        return torch.rsqrt(torch.var(args[0], self.over, correction=0, keepdim=True) + self.eps)
+        variance = torch.var(args[0], self.over, correction=0, keepdim=True)
+        return 1 / (variance.sqrt() + self.eps) if self.added else torch.rsqrt(variance + self.eps)
 
     def expand(self, b: FixedBuilder, *args: str) -> str:
         """Of c (x - mean) and c^2 eps, which is the same."""
+        reach = 4 * b.reach(args[0])
         x, factor = centred(b, args[0], self.over)
         count = local.Sum(self.over).count(b.types[x].at(1).dims)
-        return normalised(b, x, self.over, _Inverse("mean", self.eps * factor**2, count))
+        if not self.added:
+            return normalised(b, x, self.over, reach, _Inverse("mean", self.eps * factor**2, count))
+        eps = self.eps * factor * math.sqrt(count)
+        out = normalised(b, x, self.over, reach, _Inverse("added", eps))
+        return MulScalar(math.sqrt(count)).expand(b, out)
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
-        return Sample(cls((1,), 1e-5), (real(_N, 7),)), Sample(cls((2, 3), 1e-5), (real(_N, 3, 2, 4),))
+        return Sample(cls((1,), 1e-5), (real(_N, 7),)), Sample(cls((2, 3), 1e-5, True), (real(_N, 3, 2, 4),))
 
 
 @dataclass(frozen=True)
@@ -210,7 +218,9 @@ class UnitLength(ModelOp):
         return 1 / (length + self.eps if self.added else length.clamp(min=self.eps))
 
     def expand(self, b: FixedBuilder, *args: str) -> str:
-        return normalised(b, args[0], self.over, _Inverse("added" if self.added else "length", self.eps))
+        return normalised(
+            b, args[0], self.over, b.reach(args[0]), _Inverse("added" if self.added else "length", self.eps)
+        )
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
@@ -227,14 +237,18 @@ class Variance(ModelOp):
     over: tuple[int, ...]
     correction: float = 1.0
 
+    def wants(self, frac: int) -> int:
+        return frac and MOST_FINE
+
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         found: Tensor = torch.var(args[0], self.over, correction=self.correction, keepdim=True)
         return found
 
     def expand(self, b: FixedBuilder, *args: str) -> str:
+        reach = 4 * b.reach(args[0])
         x, factor = centred(b, args[0], self.over)
         count = local.Sum(self.over).count(b.types[x].at(1).dims) - self.correction
-        total = sum_of_squares(b, x, self.over, b.frac + _EXTRA)
+        total = sum_of_squares(b, x, self.over, reach, b.frac + _EXTRA)
         bits = b.weight_frac + math.ceil(math.log2(max(count, 1)))
         share = b.constant(1 / (count * factor**2), bits)
         return b.at_activation_scale(b.emit(local.MulPublic(share, bits), total))
@@ -260,7 +274,8 @@ class SumOfSquares(ModelOp):
         return (args[0] ** 2).sum(self.over, keepdim=True)
 
     def expand(self, b: FixedBuilder, *args: str) -> str:
-        return b.at_activation_scale(sum_of_squares(b, b.as_factor(args[0]), self.over, b.frac + _EXTRA))
+        reach = b.reach(args[0])
+        return b.at_activation_scale(sum_of_squares(b, b.as_factor(args[0]), self.over, reach, b.frac + _EXTRA))
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
@@ -310,7 +325,7 @@ class RootMeanSquare(ModelOp):
 
     def expand(self, b: FixedBuilder, *args: str) -> str:
         count = local.Sum(self.over).count(b.types[args[0]].at(1).dims)
-        return normalised(b, args[0], self.over, _Inverse("mean", self.eps, count))
+        return normalised(b, args[0], self.over, b.reach(args[0]), _Inverse("mean", self.eps, count))
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
