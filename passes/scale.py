@@ -156,16 +156,18 @@ def _without_strange(draft: Draft, trial: Tensor) -> tuple[Draft, Tensor]:
     Deep networks amplify what is like none of the data that they were trained on: noise over the whole range would
     double what a plan costs, for answers that nobody asks for. Unless nothing but blank inputs was shown.
     """
-    shown, rows = draft.rows[0] + draft.rows[1], count(draft.probes)
+    rows = count(draft.probes)
+    shown = min(draft.rows[0] + draft.rows[1], rows)
     usual = torch.arange(rows) < shown
-    varied = any(
-        bool((x[:shown].flatten(1).amax(1) > x[:shown].flatten(1).amin(1)).any()) for x in draft.probes.values()
-    )
-    if not varied:
+    if not any(_varies(x[:shown].reshape(shown, -1)) for x in draft.probes.values()):
         return draft, trial
     keep = usual | (trial[:rows] <= trial[:shown].max() * 2.0**_MORE)
     kept = torch.cat([keep, torch.ones(len(trial) - rows, dtype=torch.bool)])
     return replace(draft, probes=chosen(draft.probes, keep)), trial[kept]
+
+
+def _varies(rows: Tensor) -> bool:
+    return bool((rows.amax(1) > rows.amin(1)).any()) or (len(rows) > 1 and bool((rows[0] != rows).any()))
 
 
 def _at(draft: Draft, frac_bits: int) -> Draft:

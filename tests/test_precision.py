@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 import tacit
 from tacit.ir.ops.model import ModelOp
-from tacit.ir.ops.roles import Input
 
 Tensor = torch.Tensor
 PROMISED = 2.0**-8
@@ -28,7 +27,8 @@ def noise(*shape: int, seed: int = 1) -> Tensor:
 
 
 def frac_bits(secure: tacit.Secure) -> int:
-    return max(node.type.frac for node in secure.plan.find(Input))
+    """Of what is looked at after a truncation; inputs may have more."""
+    return min(n.type.frac for n in secure.plan.nodes if n.op.name in ("input", "relu", "trunc", "spline"))
 
 
 def error(secure: tacit.Secure, model: nn.Module, x: Tensor) -> float:
