@@ -32,6 +32,7 @@ from tacit.runtime.leaving import each, stops_at_exit
 from tacit.runtime.overflow import interpret_checked
 from tacit.runtime.reference import compare, interpret
 from tacit.runtime.session import Run, Session, Trace
+from tacit.runtime.words import Words
 from tacit.saved import PLAN_FILE, WEIGHTS_FILE, metadata, read_model, save_model
 from tacit.tensors import comparable, plain_tensor, unreadable
 from tacit.trace import traced
@@ -66,7 +67,7 @@ class Secure:
         """dtype: of results of which the plan says nothing else. answer: the model's own containers of its results."""
         self.plan = plan
         self.last_run: Run | None = None
-        self._weights = dict(weights)
+        self._weights: Mapping[str, Tensor] = weights if isinstance(weights, Words) else Words(plan, weights)
         self._dtype = dtype
         self._answer = answer
         self._session: Session | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from html import escape
@@ -158,6 +158,10 @@ class Schedule:
 
     def at(self, step: int) -> list[str]:
         return self.by_step.get(step, [])
+
+    def part(self, names: Container[str]) -> Schedule:
+        """The schedule of some lines alone, in the rounds that they have."""
+        return Schedule({name: step for name, step in self.start.items() if name in names}, self.rounds)
 
     @cached_property
     def by_step(self) -> dict[int, list[str]]:

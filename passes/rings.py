@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import networkx as nx
 
 from tacit.ir.ops.linear import Product
-from tacit.ir.ops.roles import Weight
 from tacit.ir.plan import Node, Plan
 from tacit.ir.types import SMALL_RING_BITS, Type
 from tacit.passes.bound import FREE_BITS, bounded
@@ -26,14 +25,13 @@ def choose_rings(draft: Draft) -> Draft:
     """Give every value Z_2^32 where its range and those of all values that share its ring fit, else Z_2^64.
 
     Truncations, alone or fused into a ReLU, bring a value from either ring into either; whatever else an op reads
-    or gives is in one ring. The weights are then held in words of their ring.
+    or gives is in one ring.
     """
     plan = draft.plan
     if plan.protocol == _SUITE:
         small: set[str] = set().union(*_fitting(plan))
         plan = plan.with_nodes(_placed(node) if node.name in small else node for node in plan.nodes)
-    dtypes = {node.op.label: node.type.dtype for node in plan.find(Weight)}  # type: ignore[attr-defined]
-    return draft.with_(plan, {label: draft.weights[label].to(dtype) for label, dtype in dtypes.items()})
+    return draft.with_(plan)
 
 
 def _shared_rings(plan: Plan) -> list[set[str]]:

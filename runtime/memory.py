@@ -1,4 +1,4 @@
-"""This process's memory: freed buffers are kept for the next batch, and nobody is shown what it holds."""
+"""This process's memory: freed buffers are kept for the next batch or given back, and nobody is shown what it holds."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import cache
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # <malloc.h>
 _LARGEST_BLOCK = 32 << 20  # the most that glibc accepts
 _KEPT = 512 << 20
+_LARGE_BLOCK = 1 << 20  # of which a large model has many
 _SET_DUMPABLE = 4  # <linux/prctl.h>
 
 
@@ -24,6 +25,14 @@ def keep_freed_buffers() -> bool:
     except (AttributeError, OSError):
         return False
     return bool(mallopt(_MMAP_THRESHOLD, _LARGEST_BLOCK)) and bool(mallopt(_TRIM_THRESHOLD, _KEPT))
+
+
+def release_freed_buffers() -> None:
+    """Give back what was kept, and keep less from now on: beside a large model, memory is dearer than time."""
+    with suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_MMAP_THRESHOLD, _LARGE_BLOCK)
+        libc.malloc_trim(0)
 
 
 def keep_memory_private() -> None:

@@ -80,8 +80,9 @@ class Party:
 
     @property
     def operands(self) -> tuple[Any, ...]:
-        """The operands that belong to the session, None for others: for dealing."""
-        return tuple(self.shared.get(arg) for arg in self.sized.node.args)
+        """The operands that belong to the session, None for others: for dealing. A mask may have to be drawn anew."""
+        found = (self.shared.get(arg) for arg in self.sized.node.args)
+        return tuple(value() if callable(value) else value for value in found)
 
     @property
     def first(self) -> bool:

@@ -23,13 +23,13 @@ import torch
 from tacit.ir.cost import CLIENT, OWNER, P0, P1, P2, ROLES, Link, Randomness
 from tacit.ir.errors import ProtocolError
 from tacit.ir.op import Material
-from tacit.ir.ops.roles import Input, Weight
+from tacit.ir.ops.roles import Input, Mask, Weight
 from tacit.ir.plan import Node, Plan, Schedule
 from tacit.runtime import prf
 from tacit.runtime.channel import Exchange, LinkModel, Meter, Network
 from tacit.runtime.cores import on_one_core
 from tacit.runtime.crew import PARTIES, Crew, require_process
-from tacit.runtime.memory import keep_freed_buffers
+from tacit.runtime.memory import keep_freed_buffers, release_freed_buffers
 from tacit.runtime.party import Awaited, Inventory, Party, Values, deal, steps
 from tacit.runtime.timeline import Profile, Timeline
 
@@ -38,6 +38,8 @@ _T = TypeVar("_T")
 _DEALING = (P2, P0, P1)  # it goes one way, from P2: P0 and P1 never keep it waiting, so it may also be done in turn
 _EVERYONE = tuple(range(len(ROLES)))
 _MAX_BATCHES = 1 << 32
+# Elements of weights that are shared at once; and from how many on P2 derives their masks anew instead of holding them.
+_PORTION, _MANY = 1 << 22, 1 << 25
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class Session:
         keys = keys or prf.fresh_keys()
         self._streams = {rank: prf.Streams(prf.keys_of(rank, keys)) for rank in _EVERYONE}
         self._weights = weights
+        self._large = sum(node.type.numel for node in self.plan.find(Weight)) >= _MANY
         self._shared: dict[int, Values] = {rank: {} for rank in _EVERYONE}
         self._next_batch = 1  # batch 0 is the session's own part
         self._unused: set[int] = set()  # batches dealt and not yet used
@@ -147,17 +150,52 @@ class Session:
             return work(crew)
 
     def _open(self, crew: Crew) -> Meter:
-        """Share the weights and open their masks: paid once."""
-        nodes = [n for n in self.plan.nodes if n.op.session]
-        material: dict[int, dict[str, list[Material]]] = {rank: {} for rank in _EVERYONE}
+        """Share the weights and open their masks: paid once; large ones one after the other, to hold little at once."""
         exchange = Exchange(self.network)
-        crew.together(exchange, {rank: self._dealing(exchange, nodes, rank, 0, 1, material[rank]) for rank in _DEALING})
-        jobs = {}
-        for rank in (*PARTIES, OWNER):
-            seat = self._seat(exchange, rank, 0, 1, material[rank])
-            jobs[rank] = self._job(exchange, rank, self.plan.session_schedule, seat, self._shared[rank])
-        crew.play(exchange, jobs)
+        for nodes in self._portions():
+            material: dict[int, dict[str, list[Material]]] = {rank: {} for rank in _EVERYONE}
+            jobs: Mapping[int, Callable[[], object]] = {
+                rank: self._dealing(exchange, nodes, rank, 0, 1, material[rank]) for rank in _DEALING
+            }
+            crew.together(exchange, jobs)
+            schedule, played = self.plan.session_schedule.part({node.name for node in nodes}), {}
+            for rank in (*PARTIES, OWNER):
+                seat = self._seat(exchange, rank, 0, 1, material[rank])
+                played[rank] = self._job(exchange, rank, schedule, seat, self._shared[rank])
+            crew.play(exchange, played)
+            self._condense(nodes)
+            if self._large:
+                release_freed_buffers()
         return exchange.meter
+
+    def _portions(self) -> Iterator[list[Node]]:
+        """The lines of the session, weights with their masks, so many elements at a time."""
+        masks: dict[str, list[Node]] = {}
+        for node in self.plan.find(Mask):
+            masks.setdefault(node.args[0], []).append(node)
+        portion: list[Node] = []
+        size = 0
+        for node in self.plan.find(Weight):
+            if portion and size + node.type.numel > _PORTION:
+                yield portion
+                portion, size = [], 0
+            portion += [node, *masks.get(node.name, ())]
+            size += node.type.numel
+        yield portion
+
+    def _condense(self, nodes: list[Node]) -> None:
+        """What need not be held twice, or at all.
+
+        P0 and P1 have opened the same W - B, and hold it once between them in this process. P2 derived B from two
+        streams of the session that belong to this line: where weights are large, it does so again whenever it deals,
+        which is the same mask for the same weight.
+        """
+        for node in nodes:
+            if isinstance(node.op, Mask):
+                self._shared[P1][node.name] = self._shared[P0][node.name]
+                if self._large:
+                    seat = self._seat(Exchange(self.network), P2, 0, 1)
+                    self._shared[P2][node.name] = partial(_mask_again, seat, node)
 
     def _dealing(
         self,
@@ -297,7 +335,8 @@ class Session:
             if node.type.kind == "secret":
                 out[node.name] = values[P0][node.name] + values[P1][node.name]
             elif node.type.kind == "masked":
-                out[node.name] = values[P0][node.name] + values[P2][node.name]
+                mask = values[P2][node.name]
+                out[node.name] = values[P0][node.name] + (mask() if callable(mask) else mask)
             else:
                 out[node.name] = values[CLIENT][node.name]
         return out
@@ -348,6 +387,14 @@ class Session:
             return party
 
         return seat
+
+
+def _mask_again(seat: Callable[[Node], Party], node: Node) -> Tensor:
+    """The mask that P2 drew for a weight."""
+    party = seat(node)
+    found: Tensor = party.sized.parts[0].deal(party)["b"]
+    party.close()
+    return party.ring.column_major(found)  # type: ignore[no-any-return]
 
 
 def _measured(dealt: Dealt, online: Meter, seconds: float) -> Run:

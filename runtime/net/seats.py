@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 
 from tacit.ir.cost import CLIENT, OWNER, P0, P1, P2
 from tacit.ir.op import Material
 from tacit.ir.ops.roles import Input, Weight
-from tacit.ir.plan import Node, Plan, Schedule
+from tacit.ir.plan import Node, Plan
 from tacit.runtime.channel import Channel
 from tacit.runtime.net.flow import Blank, FlowChannel
 from tacit.runtime.party import Party, Seat, Values, deal, execute
@@ -69,11 +69,6 @@ class Seats:
         return material
 
 
-def part_of(schedule: Schedule, keep: Callable[[str], bool]) -> Schedule:
-    """The schedule of some lines alone, in the rounds that they have."""
-    return Schedule({name: step for name, step in schedule.start.items() if keep(name)}, schedule.rounds)
-
-
 def weight_lines(plan: Plan) -> set[str]:
     return {n.name for n in plan.find(Weight)}
 
@@ -87,7 +82,7 @@ def share_weights(
     seats, material = Seats(plan, rank, {}, {}), Dealt()
     deal(plan.find(Weight), seats.seat(channel, 0, 1), material)  # nothing, in the form that the executor expects
     seat = seats.seat(channel, 0, 1, material=material, brought=weights, outside=seed)
-    execute(plan, part_of(plan.session_schedule, lines.__contains__), channel, seat, values)
+    execute(plan, plan.session_schedule.part(lines), channel, seat, values)
     return {plan.node(name).op.label: share for name, share in values.items() if share is not None}  # type: ignore[attr-defined]
 
 
@@ -104,7 +99,7 @@ def open_masks(
     lines = weight_lines(plan)
     execute(
         plan,
-        part_of(plan.session_schedule, lambda name: name not in lines),
+        plan.session_schedule.part(plan.session_schedule.start.keys() - lines),
         channel,
         seats.seat(channel, 0, 1, material=material),
         values,
