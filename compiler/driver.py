@@ -36,6 +36,7 @@ from tacit.passes.trial import count
 from tacit.probes import EDGES, edges, measured, probes
 from tacit.progress import log, waiting
 from tacit.runtime.leaving import stops_at_exit
+from tacit.runtime.memory import release_freed_buffers
 from tacit.runtime.reference import interpret
 from tacit.secure import Secure, check_input
 
@@ -117,7 +118,10 @@ def compile(
     log.info("compiled %s: %d lines, %.2f s", draft.plan.name, len(draft.plan.nodes), time.perf_counter() - begin)
     for told in (*draft.doubts, *told_of_ranges(draft)):
         warnings.warn(told, stacklevel=3)  # the caller of compile
-    return Secure(draft.plan, draft.weights, answer=draft.answer)
+    found = Secure(draft.plan, draft.weights, answer=draft.answer)
+    del draft
+    release_freed_buffers()  # drafts of large models were large
+    return found
 
 
 def prepare(

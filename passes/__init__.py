@@ -11,6 +11,7 @@ from pathlib import Path
 from tacit.ir.errors import CompileError
 from tacit.ir.files import write_whole
 from tacit.ir.plan import Plan
+from tacit.passes.activations import recognise_gelu
 from tacit.passes.draft import Draft
 from tacit.passes.finer import choose_finer
 from tacit.passes.lower import hoist_weight_openings, lower_to_protocol, number_lines, reveal_result, schedule_rounds
@@ -29,6 +30,7 @@ PIPELINE: tuple[Pass, ...] = (
     drop_softmax_before_argmax,
     fold_batch_norm,
     move_max_pool_before_relu,
+    recognise_gelu,
     recognise_norms,
     choose_finer,
     choose_scale,

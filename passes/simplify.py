@@ -23,10 +23,18 @@ Tensor = torch.Tensor
 
 
 def drop_no_ops(draft: Draft) -> Draft:
-    """Remove dropout in evaluation, copies, and reshapes to the shape a value already has."""
+    """Remove dropout in evaluation, copies, and reshapes to the shape a value already has.
+
+    A weight that the model has under two names, as a table that is its head as well, is shared once.
+    """
     plan = draft.plan
-    aliases = {}
+    aliases, first = {}, dict[tuple[object, ...], str]()
     for node in plan.nodes:
+        if isinstance(node.op, Weight):
+            value = draft.weights[node.op.label]
+            key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
+            if value.numel() and first.setdefault(key, node.name) != node.name:
+                aliases[node.name] = first[key]
         same = isinstance(node.op, Reshape) and plan.node(node.args[0]).type == node.type
         if isinstance(node.op, NoOp) or same:
             aliases[node.name] = node.args[0]

@@ -28,11 +28,16 @@ def keep_freed_buffers() -> bool:
 
 
 def release_freed_buffers() -> None:
-    """Give back what was kept, and keep less from now on: beside a large model, memory is dearer than time."""
+    """Give back what was kept."""
     with suppress(AttributeError, OSError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_MMAP_THRESHOLD, _LARGE_BLOCK)
-        libc.malloc_trim(0)
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_little() -> None:
+    """Keep less from now on, and give back what was kept: beside a large model, memory is dearer than time."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE_BLOCK)
+    release_freed_buffers()
 
 
 def keep_memory_private() -> None:

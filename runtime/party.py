@@ -115,7 +115,10 @@ class Party:
         dtype = self.ring.WORDS[element.word_bytes]
         if self.rank != P2:
             return self.prf(P2).words(shape, dtype)
-        return self.prf(P0).words(shape, dtype) + self.prf(P1).words(shape, dtype)
+        found, other = self.prf(P0).words(shape, dtype), self.prf(P1)
+        for part in torch.split(found.view(-1), _AT_ONCE):
+            part.add_(other.words(tuple(part.shape), dtype))
+        return found
 
     def share(self, kind: str, shape: Shape, value: Tensor | None, *, bits: int = RING_BITS) -> Tensor | None:
         """P2 shares a value in Z_2^bits: P0 derives its share, P1 is sent the correction."""
@@ -240,6 +243,7 @@ class Party:
             self.offsets.append((1 << bits) - 1 - self.ring.low_bits(c, bits))
 
 
+_AT_ONCE = 1 << 20  # words of a second stream that are added to those of a first
 Seat = Callable[[Node], Party]
 Awaited = Mapping[int, Sequence[Spec]]
 _Active = tuple[Node, Program, Round]  # a program and the round it is in

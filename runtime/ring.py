@@ -57,6 +57,7 @@ def column_major(weight: Tensor) -> Tensor:
 
 
 _FEW_ROWS, _COLUMN_BLOCK = 8, 1024
+_LARGE = 1 << 20  # elements that are not copied for another layout
 
 
 @njit(nogil=True, cache=True)
@@ -94,7 +95,9 @@ def _matmul(x: Array, w: Array, out: Array) -> None:
 
 
 def matmul(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
-    """x (M, K) times w (K, N). On one core, without the GIL."""
+    """x (M, K) times w (K, N). On one core, without the GIL. A large w is read as it lies, by rows or by columns."""
+    if out is None and w.numel() > max(x.numel(), _LARGE) and w.t().is_contiguous():
+        return matmul(w.t(), x.t().contiguous()).t().contiguous()
     left, right = np.ascontiguousarray(x.numpy()), np.ascontiguousarray(w.numpy())
     out = torch.from_numpy(np.empty((len(left), right.shape[1]), left.dtype)) if out is None else out
     (_matmul if len(left) < _FEW_ROWS else tiled)(left, right, out.numpy())

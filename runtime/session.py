@@ -29,7 +29,7 @@ from tacit.runtime import prf
 from tacit.runtime.channel import Exchange, LinkModel, Meter, Network
 from tacit.runtime.cores import on_one_core
 from tacit.runtime.crew import PARTIES, Crew, require_process
-from tacit.runtime.memory import keep_freed_buffers, release_freed_buffers
+from tacit.runtime.memory import keep_freed_buffers, keep_little
 from tacit.runtime.party import Awaited, Inventory, Party, Values, deal, steps
 from tacit.runtime.timeline import Profile, Timeline
 
@@ -165,7 +165,7 @@ class Session:
             crew.play(exchange, played)
             self._condense(nodes)
             if self._large:
-                release_freed_buffers()
+                keep_little()
         return exchange.meter
 
     def _portions(self) -> Iterator[list[Node]]:
@@ -394,7 +394,7 @@ def _mask_again(seat: Callable[[Node], Party], node: Node) -> Tensor:
     party = seat(node)
     found: Tensor = party.sized.parts[0].deal(party)["b"]
     party.close()
-    return party.ring.column_major(found)  # type: ignore[no-any-return]
+    return found
 
 
 def _measured(dealt: Dealt, online: Meter, seconds: float) -> Run:

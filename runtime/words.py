@@ -25,7 +25,9 @@ class Words(Mapping[str, Tensor]):
         self._held = {label: _narrow(value) for label, value in weights.items()}
 
     def __getitem__(self, label: str) -> Tensor:
-        return self._held[label].to(self._dtypes.get(label, torch.int64))
+        value = self._held[label]
+        whole = value.dtype in (torch.int32, torch.int64)  # what is none is refused where it is looked at
+        return value.to(self._dtypes.get(label, torch.int64)) if whole else value
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._held)

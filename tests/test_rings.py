@@ -22,6 +22,7 @@ from tacit.passes import Draft, stages
 from tacit.passes.rings import fit_small_ring
 from tacit.runtime import ring
 from tacit.runtime.product import tiled
+from tacit.runtime.words import Words
 
 Tensor = torch.Tensor
 N = 8
@@ -207,9 +208,10 @@ def test_weights_are_held_in_small_words_until_their_ring_is_chosen(protocol: st
     last = drafts["number_lines"]
     for node in last.plan.nodes:
         if isinstance(node.op, Weight):
-            assert last.weights[node.op.label].dtype == node.type.dtype
             small = drafts["bound_ranges"].weights[node.op.label]
-            assert torch.equal(small.long(), last.weights[node.op.label].long())
+            assert small.dtype == last.weights[node.op.label].dtype == torch.int32
+            words = Words(last.plan, last.weights)[node.op.label]
+            assert words.dtype == node.type.dtype and torch.equal(small.long(), words.long())
 
 
 def test_overflow_of_the_small_ring_is_found() -> None:

@@ -149,10 +149,10 @@ def _inside(indices: Tensor, size: int) -> Tensor:
 def _rows(b: FixedBuilder, chosen: str, table: str, count: int) -> str:
     """The sum of `count` rows of a table, of which `chosen` says how often each."""
     value, bits = b.real(table), b.bits_of(table)
-    weight = b.weight(b.new(table, "columns", value.t().contiguous()), bits)
+    weight = b.weight(table, bits)
     # A row of the table, as it is encoded: no larger than its largest element.
     reach = count * 2.0 ** (bits_for(-float(value.abs().max()), 0) - 1 + bits)
-    return b.known(b.emit(FixedLinear(), chosen, weight), low=-reach, high=reach)
+    return b.known(b.emit(FixedLinear(rows=True), chosen, weight), low=-reach, high=reach)
 
 
 @dataclass(frozen=True)

@@ -58,33 +58,36 @@ class Product(Op):
 
 @dataclass(frozen=True)
 class FixedLinear(Product):
-    """x (N, ..., I) times the transpose of w (O, I)."""
+    """x (N, ..., I) times the transpose of w (O, I); or w (I, O) itself, if it is `rows`: those of a table."""
 
     name = "fixed.linear"
 
+    rows: bool = False
+
     def infer(self, x: Type, w: Type) -> Type:
         expect_kind("secret", x, w)
-        expect(len(w.shape) == 2 and x.shape[-1] == w.shape[1], f"{x} does not fit a weight {w}")
-        return x.with_(shape=(*x.shape[:-1], w.shape[0]), frac=x.frac + w.frac, width=x.ring)
+        expect(len(w.shape) == 2, f"{x} does not fit a weight {w}")
+        out, inner = w.shape[::-1] if self.rows else w.shape
+        expect(x.shape[-1] == inner, f"{x} does not fit a weight {w}")
+        return x.with_(shape=(*x.shape[:-1], out), frac=x.frac + w.frac, width=x.ring)
 
     def product(self, ring: Any, x: Tensor, w: Tensor) -> Tensor:
-        out: Tensor = ring.linear(x, w)
+        out: Tensor = ring.linear(x, w.t() if self.rows else w)
         return out
 
     def real_product(self, x: Tensor, w: Tensor) -> Tensor:
-        return F.linear(x, w)
+        return F.linear(x, w.t() if self.rows else w)
 
     def bound(self, x: Interval, w: Interval) -> Interval:
         """Features are bounded one by one; for large values, alike at all places of the other dimensions."""
-        shape = (*x.shape[:-1], len(w.low))
+        shape = (*x.shape[:-1], w.low.shape[1 if self.rows else 0])
         return super().bound(x.per_channel(-1).narrowed(keep=(-1,)), w).expand(shape)
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
         w = Type("secret", (5, 7), 16, 20)
-        return _samples(cls(), Type("secret", (_N, 7), 12, 16), w) + _samples(
-            cls(), Type("secret", (_N, 3, 7), 12, 16), w
-        )
+        shapes = ((_N, 7), False), ((_N, 3, 7), False), ((_N, 5), True)
+        return tuple(s for shape, rows in shapes for s in _samples(cls(rows), Type("secret", shape, 12, 16), w))
 
 
 @dataclass(frozen=True)
