@@ -116,6 +116,8 @@ class Party:
         if self.rank != P2:
             return self.prf(P2).words(shape, dtype)
         found, other = self.prf(P0).words(shape, dtype), self.prf(P1)
+        if found.numel() <= _AT_ONCE:
+            return found + other.words(shape, dtype)
         for part in torch.split(found.view(-1), _AT_ONCE):
             part.add_(other.words(tuple(part.shape), dtype))
         return found
@@ -243,7 +245,7 @@ class Party:
             self.offsets.append((1 << bits) - 1 - self.ring.low_bits(c, bits))
 
 
-_AT_ONCE = 1 << 20  # words of a second stream that are added to those of a first
+_AT_ONCE = 1 << 23  # words of a second stream that are added to those of a first
 Seat = Callable[[Node], Party]
 Awaited = Mapping[int, Sequence[Spec]]
 _Active = tuple[Node, Program, Round]  # a program and the round it is in
