@@ -90,6 +90,8 @@ def _divided(plan: Plan, node: Node) -> Iterator[tuple[str, Node, bool]]:
     if isinstance(node.op, Times):
         for x, other in (node.args, node.args[::-1]):
             factor = _source(plan, other)
+            if isinstance(factor.op, MulScalar) and factor.op.value == 1.0:  # as in 1.0 / d
+                factor = _operand(plan, factor)
             if isinstance(factor.op, Function) and factor.op.function in ("rsqrt", "reciprocal"):
                 yield x, _operand(plan, factor), factor.op.function == "rsqrt"
 
@@ -125,10 +127,9 @@ def _squares(plan: Plan, node: Node, x: str) -> _Squares | None:
         squared, over, mean = inner.args[0], node.op.over, node.op.mean
     else:
         return None
-    if squared != x:
+    count, about = _count(plan, x, over), _centred(plan, x)
+    if squared != x and (about is None or _centred(plan, squared) != about):
         return None
-    count = _count(plan, x, over)
-    about = _centred(plan, x)
     centred = about is not None and about[1] == over
     return _Squares(about[0] if about and centred else x, over, count, 1.0 if mean else float(count), centred)
 

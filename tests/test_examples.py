@@ -19,11 +19,12 @@ SAYS = {
     "lenet.py": ["conv2", "bit for bit", "trace.json"],
     "plans.py": ["the text is the plan: True", "fused, reveal argmax", "What the textbook protocol costs"],
     "resnet.py": ["as in plaintext 16/16", "no value left the range"],
+    "margins.py": ["| 256 x |", "(default) |"],
     "vit.py": ["as in plaintext 16/16", "no value left the range"],
     "three_parties.py": ["The parties have stopped", "Same class as the float model: 2000/2000"],
     "demo.py": ["LeNet: only the number of correct predictions is opened", "Same class as the float model: "],
 }
-LONG = {"resnet.py", "vit.py", "three_parties.py", "demo.py"}
+LONG = {"resnet.py", "margins.py", "vit.py", "three_parties.py", "demo.py"}
 OTHERS = {"data.py", "training.py"}  # what the examples share
 
 
