@@ -9,7 +9,7 @@ import torch
 from tacit.examples import inputs_of
 from tacit.ir.ops.roles import Input
 from tacit.ir.plan import Plan
-from tacit.passes.draft import LARGE
+from tacit.passes.draft import is_large
 
 Tensor = torch.Tensor
 # Inputs from all over the range; of calibration data, it takes more.
@@ -54,8 +54,7 @@ def _spread(plan: Plan) -> dict[str, Tensor]:
 
 def _few(plan: Plan, rows: int) -> int:
     """So many, or a quarter where each takes long."""
-    large = sum(node.type.at(1).numel for node in plan.nodes if node.type.batched) > LARGE
-    return rows // 4 if large else rows
+    return rows // 4 if is_large(plan) else rows
 
 
 def edges(plan: Plan, examples: Mapping[str, Tensor], *, declared: bool) -> dict[str, Tensor]:

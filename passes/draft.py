@@ -17,7 +17,7 @@ Values = Mapping[str, Tensor]
 Interpret = Callable[..., dict[str, Tensor]]
 LEAST_FRAC_BITS, MOST_FRAC_BITS = 4, 20  # of activations, where they are chosen here
 # A network with so many values is large: each input takes a while.
-LARGE = 1 << 20
+_LARGE = 1 << 20
 # Above so many elements over all lines, inputs are tried out in fewer or smaller batches.
 _ELEMENTS = 1 << 27
 
@@ -94,17 +94,22 @@ class Draft:
 
     @property
     def large(self) -> bool:
-        return self._each > LARGE
-
-    @property
-    def _each(self) -> int:
-        """Values that one input has in the network."""
-        return sum(node.type.at(1).numel for node in self.plan.nodes if node.type.batched)
+        return is_large(self.plan)
 
     @property
     def affordable(self) -> int:
         """How many inputs may go through the network at once: memory and time stay in proportion to the model."""
-        return max(1, _ELEMENTS // max(self._each, 1))
+        return max(1, _ELEMENTS // max(_elements(self.plan), 1))
+
+
+def is_large(plan: Plan) -> bool:
+    """Whether each input takes a while."""
+    return _elements(plan) > _LARGE
+
+
+def _elements(plan: Plan) -> int:
+    """Values that one input has in the network."""
+    return sum(node.type.at(1).numel for node in plan.nodes if node.type.batched)
 
 
 def _look_away(node: Node, value: Tensor) -> None:
