@@ -33,7 +33,7 @@ from tacit.options import (
 from tacit.passes import Draft, run_pipeline
 from tacit.passes.ranges import told_of_ranges
 from tacit.passes.trial import count
-from tacit.probes import EDGES, edges, measured, probes
+from tacit.probes import edges, measured, probes, tried_edges
 from tacit.progress import log, waiting
 from tacit.runtime.leaving import stops_at_exit
 from tacit.runtime.memory import release_freed_buffers
@@ -169,6 +169,7 @@ def prepare(
     tried = probes(plan, examples, shown)
     blank = edges(plan, examples, declared=input_range is not None)
     parts = (tried, *measured(plan, shown, blank))
+    blank, kinds = tried_edges(plan, blank)
     rows = count(examples), count(shown)
     return Draft(
         plan.with_nodes(plan.nodes, protocol=protocol),
@@ -182,7 +183,7 @@ def prepare(
         margin=margin,
         rows=(*rows, sum(count(part) for part in parts) - sum(rows)),
         edges=blank,
-        kinds=EDGES,
+        kinds=kinds,
         floats=partial(float_answers, program),
         answer=capture.answer,
     )

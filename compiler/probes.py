@@ -15,7 +15,10 @@ Tensor = torch.Tensor
 # Inputs from all over the range; of calibration data, it takes more.
 _PROBES, _CALIBRATED_PROBES = 16, 64
 # The kinds of edges: all low, all high and zero; around a value above the middle; around zero.
-EDGES = ("blank", "blank", "blank", "faint", "dim")
+_EDGES = ("blank", "blank", "blank", "faint", "dim")
+# Those that are tried out where each takes long: high is as good as low, and such a network has biases in front of its
+# norms once it is trained, so that no input is dim to it.
+_FEW_EDGES = (0, 2, 3)
 # The standard deviation of faint inputs: about a quarter of a step of 8 bits in an image from 0 to 1; in proportion for
 # narrower ranges, and for those that are far wider than what is usual in front of a norm.
 _DEVIATION, _USUAL_RANGE = 1e-3, 16.0
@@ -32,7 +35,7 @@ def measured(
 ) -> tuple[Mapping[str, Tensor], ...]:
     """Inputs on which ranges are measured beside the probes: blank ones; what else there is of calibration data and, if
     there are any, values all over the range."""
-    blank = {label: x[[kind == "blank" for kind in EDGES]] for label, x in blank.items()}
+    blank = {label: x[[kind == "blank" for kind in _EDGES]] for label, x in blank.items()}
     if not calibration:
         return (blank,)
     rest = {label: x[_few(plan, _CALIBRATED_PROBES) :] for label, x in calibration.items()}
@@ -58,7 +61,10 @@ def _few(plan: Plan, rows: int) -> int:
 
 
 def edges(plan: Plan, examples: Mapping[str, Tensor], *, declared: bool) -> dict[str, Tensor]:
-    """An input of each kind in EDGES: low and high are the ends of a declared range, or else those of the example."""
+    """A blank input each of all low, all high and zero, a faint one and a dim one.
+
+    Low and high are the ends of a declared range, or else those of the example.
+    """
     generator = torch.Generator().manual_seed(1)
     chosen = {}
     for name, op in inputs_of(plan):
@@ -79,6 +85,12 @@ def edges(plan: Plan, examples: Mapping[str, Tensor], *, declared: bool) -> dict
                 faint.clamp_(op.low, op.high)
         chosen[op.label] = torch.cat(rows)
     return _with_targets(plan, chosen)
+
+
+def tried_edges(plan: Plan, blank: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The edges on which scales are tried out, and the kinds of them."""
+    kept = _FEW_EDGES if is_large(plan) else range(len(_EDGES))
+    return {label: x[list(kept)] for label, x in blank.items()}, tuple(_EDGES[i] for i in kept)
 
 
 def _joined(plan: Plan, *parts: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -27,6 +27,16 @@ _SMALL, _MOST_WEIGHT_BITS, _HUGE = 6, 48, 40
 _USUAL_REACH = 2.0**7
 # Fractional bits of what is divided by, or looked at on a logarithmic scale: float32 has as many for values around 1.
 MOST_FINE = 30
+# By so many bits a value is known better than what it is told from: an eps per element, or its own least size.
+_FINE = 14
+
+
+def fine_enough(size: float, frac: int = 0) -> int:
+    """Fractional bits of what is divided by its own size, where that is at least so much.
+
+    frac: those that are wanted of the quotient, if it is divided by its own size in turn.
+    """
+    return min(MOST_FINE, max(_FINE, frac) - math.floor(math.log2(max(size, 2.0**-MOST_FINE))))
 
 
 class Label(str):
@@ -112,14 +122,17 @@ class FixedBuilder(Builder):
         spared: Mapping[str, int] | None = None,
         finer: Mapping[str, int] | None = None,
         sizes: Mapping[str, float] | None = None,
+        gains: Mapping[str, float] | None = None,
     ) -> None:
         """`spared`: by how many bits the weights of a line of the model level have fewer. `finer`: how many fractional
-        bits the result of a line has, where it is to have more than others. `sizes`: how large it may become."""
+        bits the result of a line has, where it is to have more than others. `sizes`: how large it may become. `gains`: how
+        much it may amplify small differences of what it reads."""
         super().__init__(Level.FIXED)
         self.max_error = max_error
         self._frac = frac
         self._finer = finer or {}
         self._sizes = sizes or {}
+        self._gains = gains or {}
         self._origins: dict[str, str] = {}
         self._weight_frac = weight_frac
         self._spared = spared or {}
@@ -137,6 +150,11 @@ class FixedBuilder(Builder):
     def weight_frac(self) -> int:
         """The fractional bits of weights in the line of the model level that is being written."""
         return self._weight_frac - self._spared.get(self.origin, 0)
+
+    @property
+    def gain(self) -> float:
+        """How large the factor may become by which the line that is being written amplifies what it reads."""
+        return self._gains.get(self.origin, math.inf)
 
     def bits_of(self, label: str, *beside: str | None) -> int:
         """The fractional bits of a weight tensor: more where all of it is small, fewer where some of it is huge.

@@ -48,6 +48,7 @@ class Draft:
     spared: Mapping[str, int] = field(default_factory=dict)  # by how many bits the weights of a line have fewer
     finer: Mapping[str, int] = field(default_factory=dict)  # fractional bits of lines that have more than others
     sizes: Mapping[str, float] = field(default_factory=dict)  # how large lines may become, for what is divided by data
+    gains: Mapping[str, float] = field(default_factory=dict)  # how much layers that divide by data were seen to amplify it
     answer: Tree = None  # the structure of the results in the model's own classes; None for a lone tensor
     model: Draft | None = None  # below the model level: the draft that was written in fixed point
     edges: Values = field(default_factory=dict)  # as `probes`: blank and nearly blank inputs

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
+from tacit.ir.build import MOST_FINE, fine_enough
 from tacit.ir.op import Op
 from tacit.ir.ops.affine import Convolving, Linear
 from tacit.ir.ops.arithmetic import Add, AddScalar, Mul, MulScalar, SumAlong
@@ -15,7 +16,7 @@ from tacit.ir.ops.norms import Normalise, RootMeanSquare, UnitLength
 from tacit.ir.ops.roles import Input
 from tacit.ir.plan import Plan
 from tacit.passes.draft import Draft
-from tacit.passes.trial import answering, look
+from tacit.passes.trial import answering, count, look
 
 _PRODUCTS = Linear, Convolving, Mul
 _LINEAR = *_PRODUCTS, Move, Add, AddScalar, MulScalar, SumAlong, RootMeanSquare, Normalise, UnitLength
@@ -29,28 +30,41 @@ def choose_finer(draft: Draft) -> Draft:
     From the users back to where the bits are lost: products have plenty, sums and moves hand on what they get, an input
     is declared with more. So the scale of the network does not have to follow the one value that needs it.
     """
-    wanted = _wanted(draft.plan)
-    if not wanted:
+    if not _wanted(draft, {}):
         return draft
-    largest = look(answering(draft), draft.probes).largest
+    real = answering(draft)
+    looks = [look(real, rows) for rows in (draft.probes, draft.edges) if count(rows)]
+    largest = looks[0].largest
+    gains = {name: max(seen.gains[name] for seen in looks) for name in looks[0].gains}
     sizes = {name: size * draft.margin[1] for name, size in largest.items()}
     inputs = ((node.name, node.op) for node in draft.plan.nodes if isinstance(node.op, Input))
     sizes |= {name: max(-op.low, op.high) for name, op in inputs}
-    return replace(draft, finer=_capped(wanted, sizes), sizes=sizes)
+    return replace(draft, finer=_capped(_wanted(draft, gains), sizes), sizes=sizes, gains=gains)
 
 
-def _wanted(plan: Plan) -> dict[str, int]:
+def _wanted(draft: Draft, gains: Mapping[str, float]) -> dict[str, int]:
     """The bits of each line, and of those that products hand on, no more than cost nothing: a function or a comparison
-    in front of a product keeps the bits of activations."""
+    in front of a product keeps the bits of activations.
+
+    gains: how much inputs have shown a layer to amplify what it reads. There is room for more, once: what is wanted in
+    front of several layers would grow with each of them.
+    """
+    plan = draft.plan
     found: dict[str, int] = {}
     handed: dict[str, int] = {}  # through a product
     for node in reversed(plan.nodes):
         if not isinstance(node.op, Layer):
             continue
         product = isinstance(node.op, _PRODUCTS)
-        direct, through = node.op.wants(found.get(node.name, 0)), 0
+        gain = max(gains.get(node.name, math.inf), 2.0**-MOST_FINE)
+
+        def wanted_by(frac: int, op: Layer = node.op, gain: float = gain) -> int:
+            most = max(fine_enough(1 / (gain * draft.margin[1])), fine_enough(1 / gain, frac))
+            return min(op.wants(frac), most)
+
+        direct, through = wanted_by(found.get(node.name, 0)), 0
         if isinstance(node.op, _LINEAR):
-            through = node.op.wants(handed.get(node.name, 0))
+            through = wanted_by(handed.get(node.name, 0))
         if product:
             direct, through = 0, max(direct, through)
         for arg in node.args:

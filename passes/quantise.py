@@ -37,6 +37,7 @@ def expand_to_fixed_point(draft: Draft) -> Draft:
         spared=draft.spared,
         finer=draft.finer,
         sizes=draft.sizes,
+        gains={name: gain * draft.margin[1] for name, gain in draft.gains.items()},
     )
     names: dict[str, str] = {}
     for node in plan.nodes:

@@ -38,8 +38,6 @@ _TRIAL_FRAC, _LEAST_FRAC = 12, 8
 _SPARE = 2
 # Nearly blank inputs are not what anybody showed: a warning of them is for those that are off by such a multiple.
 _FAINT_ALLOWED = 4.0
-# Which of the edges is high everywhere: as good as one that is low.
-_HIGH = 1
 # From so many bits on polynomials are the finer, the finer the scale is.
 _FINER_FROM = 13
 # Random inputs of the range may take so many bits more than those that were shown.
@@ -56,9 +54,6 @@ def choose_scale(draft: Draft) -> Draft:
     if draft.frac_bits is not None:
         return draft
     draft = replace(draft, searched=True)
-    if draft.large:  # it has biases in front of its norms once it is trained: no input is dim to it
-        left_out = [kind == "dim" or i == _HIGH for i, kind in enumerate(draft.kinds)]
-        draft = _without(draft, torch.tensor(left_out, dtype=torch.bool))
     draft = replace(draft, faithful=edges_are_amplified(draft))
     unknown = unsure(draft)
     left, draft = chosen(draft.edges, unknown), _without(draft, unknown)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tacit.ir.build import MOST_FINE
+from tacit.ir.build import MOST_FINE, fine_enough
 from tacit.ir.op import Sample
 from tacit.ir.ops import choice, local
 from tacit.ir.ops.approximated import Function
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 _N = Batch()
-# Fractional bits of count x: values of 2^18 and more still fit the ring beside them.
-_MOST_FINE_BITS = 44
 # Fractional bits of a sum of squares, less those of their number, that fit the ring beside values of 2^8; but as many
 # bits of what is squared are kept in any case.
 _MOST_SQUARED_BITS, _LEAST_FACTOR_BITS, _LEAST_SQUARED_BITS = 46, 16, 6
@@ -46,6 +44,8 @@ _BELOW_EPS = 8
 _SMALL_MEAN, _SMALL_BITS, _SMALL_SUM_BITS = 2.0**-16, 28, 49
 # By how many bits those have to be more than the ones that are squared in any case.
 _WORTH_IT = 3
+# How many bits of what x should be known to may be missing where it is squared: the errors of many are averaged.
+_BLURRED = 9
 
 
 def centred(b: FixedBuilder, x: str, axes: tuple[int, ...]) -> tuple[str, float]:
@@ -57,7 +57,8 @@ def centred(b: FixedBuilder, x: str, axes: tuple[int, ...]) -> tuple[str, float]
     """
     count = local.Sum(axes).count(b.types[x].at(1).dims)
     bits = count.bit_length() - 1
-    x = b.at_precision(x, max(b.frac, _MOST_FINE_BITS - bits))
+    room = math.ceil(math.log2(max(2 * b.reach(x), 1.0))) + bits
+    x = b.at_precision(x, max(b.frac, _PRODUCT_BITS - bits - room))
     total = b.emit(local.MulPublic(1, bits), b.emit(local.Sum(axes), x)) if bits else b.emit(local.Sum(axes), x)
     apart = b.minus(b.emit(local.MulPublic(count, bits), x) if bits else x, total)
     return apart, count / 2.0**bits
@@ -100,6 +101,10 @@ class _Inverse:
             return self.eps * self.count
         return self.eps**2 * (2.0**-14 if self.kind == "added" else 1.0)
 
+    def smallest(self, gain: float) -> float:
+        """The least sum of squares that matters, where the factor does not become larger than that."""
+        return max(self.least, self.count / gain**2)
+
     def of(self, b: FixedBuilder, squares: str, floor: float, gap: float | None = None) -> str:
         """The function of a line, with the sum taken as `floor` where it is less; 0 where it lies below -gap / 2."""
         parameters: tuple[float, ...]
@@ -120,31 +125,38 @@ def normalised(b: FixedBuilder, x: str, axes: tuple[int, ...], reach: float, inv
 
     A sum below that of (4 units of x)^2 is taken as that, because x is known no better.
     """
-    length = math.ceil(math.log2(local.Sum(axes).count(b.types[x].at(1).dims)) / 2) + 1
-    x = b.at_precision(x, max(b.frac, min(_SMALL_BITS, _PRODUCT_BITS - _FACTOR_BITS - length)))
+    count = local.Sum(axes).count(b.types[x].at(1).dims)
+    least = inverse.smallest(b.gain)
+    whole, most = x, max(b.frac, _PRODUCT_BITS - _FACTOR_BITS - 1 - math.ceil(math.log2(count) / 2))
+    squared, needed = _squared_bits(b, x, axes, reach), fine_enough(math.sqrt(least / count))
+    # Without a truncation of its own where that has few enough bits, or where as many as are squared do.
+    x = b.at_precision(whole, squared if needed <= squared + _WORTH_IT and b.types[x].frac > most else most)
     fine = min(b.types[x].frac, _SMALL_BITS)
-    if inverse.least < inverse.count * _LEAST_MEAN and fine > _squared_bits(b, x, axes, reach) + _WORTH_IT:
-        x = b.at_precision(x, fine)
-        factor = _by_size(b, x, axes, reach, inverse)
+    small = needed > min(fine_enough(math.sqrt(_SMALL_MEAN)), squared + _BLURRED)  # rows may be
+    if small and least < inverse.count * _LEAST_MEAN and fine > squared + _WORTH_IT:
+        x = b.at_precision(whole, fine)
+        factor = _by_size(b, whole, x, axes, reach, inverse)
     else:
-        known = inverse.count * 2.0 ** (4 - 2 * b.types[x].frac)
-        floor = max(known, min(inverse.count * _LEAST_MEAN, inverse.least * 2.0**-_BELOW_EPS))
-        resolved = math.ceil(-math.log2(max(inverse.least, floor))) + _BELOW_EPS
+        known = inverse.count * 2.0 ** (4 - 2 * fine)
+        floor = max(known, min(inverse.count * _LEAST_MEAN, least * 2.0**-_BELOW_EPS))
+        resolved = math.ceil(-math.log2(max(least, floor))) + _BELOW_EPS
         bits = max(min(b.frac, _LEAST_SUM_BITS), min(resolved, _MOST_SUM_BITS))
-        factor = inverse.of(b, sum_of_squares(b, x, axes, reach, bits), floor)
+        factor = inverse.of(b, sum_of_squares(b, whole, axes, reach, bits), floor)
     out = b.emit(Times(), x, factor)
     # |x| <= sqrt(sum of squares), up to the errors of the factor and of the sum: Cauchy-Schwarz.
     reach = math.sqrt(inverse.count) * 2.0 ** b.types[out].frac * 17 / 16
     return b.known(out, low=-reach, high=reach)
 
 
-def _by_size(b: FixedBuilder, x: str, axes: tuple[int, ...], reach: float, inverse: _Inverse) -> str:
+def _by_size(b: FixedBuilder, whole: str, x: str, axes: tuple[int, ...], reach: float, inverse: _Inverse) -> str:
     """The factor of rows of any size: of small ones from all bits of x, whose squares would not fit for large ones.
+
+    whole: the same values as they came, of which fewer bits are squared in any case.
 
     One comparison tells which a row is. The sum of squares that does not count becomes a number well below 0, of which
     the function is 0: so the two are added up, and no second choice is needed.
     """
-    large, frac = _all_bits(b, x, axes, reach), 2 * b.types[x].frac
+    large, frac = _all_bits(b, whole, axes, reach), 2 * b.types[x].frac
     limit = inverse.count * _SMALL_MEAN
     edge, gap = b.constant(limit, b.types[large].frac), b.constant(limit, frac)
     small_row = b.emit(local.AddPublic(edge), b.emit(local.MulPublic(-1), large))
@@ -171,7 +183,7 @@ class Normalise(ModelOp):
     added: bool = False
 
     def wants(self, frac: int) -> int:
-        return MOST_FINE
+        return fine_enough(self.eps if self.added else math.sqrt(self.eps), frac)
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         return (args[0] - args[0].mean(self.over, keepdim=True)) * self.gain(*args)
@@ -208,7 +220,7 @@ class UnitLength(ModelOp):
     added: bool = False
 
     def wants(self, frac: int) -> int:
-        return MOST_FINE
+        return fine_enough(self.eps, frac)
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         return args[0] * self.gain(*args)
@@ -315,7 +327,7 @@ class RootMeanSquare(ModelOp):
     eps: float
 
     def wants(self, frac: int) -> int:
-        return MOST_FINE
+        return fine_enough(math.sqrt(self.eps), frac)
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         return args[0] * torch.rsqrt((args[0] ** 2).mean(self.over, keepdim=True) + self.eps)
