@@ -42,6 +42,8 @@ _FAINT_ALLOWED = 4.0
 _FINER_FROM = 13
 # Random inputs of the range may take so many bits more than those that were shown.
 _MORE = 2
+# By how much what is extrapolated from a few bits to many may be off.
+_HOPELESS = 2.0
 # Once a scale is found, later trials look at the rows that were worst.
 _KEPT, _KEPT_LARGE = 16, 3
 
@@ -63,43 +65,56 @@ def choose_scale(draft: Draft) -> Draft:
     trial = misses(_at(replace(draft, edges={}) if draft.faithful else draft, tried))
     if not jumps:
         draft, trial = _without_strange(draft, trial)
+        if not draft.faithful:
+            draft, trial, left = _without_hopeless(draft, trial, tried, left)
     least = _extrapolated(trial, tried, jumps)
     draft = replace(draft, close=close_rows(draft)) if jumps else _worst(draft, trial)
-    if not (jumps or draft.faithful or least > draft.most):
-        lowest = min(_LEAST_FRAC, draft.most)
-        return _at(replace(draft, edges={}, kinds=()), max(least, lowest))  # nothing is particular about edges
+    free, found = draft.max_error is None, torch.zeros(count(draft.probes))
+    if not (jumps or draft.faithful or least > draft.most):  # nothing is particular about the other edges
+        draft = _at(replace(draft, edges={}, kinds=()), max(least, min(_LEAST_FRAC, draft.most)))
+        return _warned(draft, found, left, free) if count(left) else draft
     # Rows that nobody showed come as close to a step, or closer: no fewer bits than those of the trial, where they fit.
     least = max(least, _TRIAL_FRAC if jumps else _LEAST_FRAC)
-    free = draft.max_error is None
-    draft, found = _tried(draft, min(least, draft.most), jumps, free)
+    draft, found, left = _tried(draft, min(least, draft.most), jumps, free, left)
     found[count(draft.probes) :][torch.tensor([kind != "blank" for kind in draft.kinds], dtype=torch.bool)] /= (
         _FAINT_ALLOWED
     )
-    missed = count(left) + int((found > PROMISED).sum())
-    if missed:
-        row = _row(draft, int(found.argmax())) if found.max() > PROMISED else _row(replace(draft, edges=left), -1)
-        told = doubt(answering(draft), row, missed, len(found) + count(left), approximated=free)
-        draft = replace(draft, doubts=(*draft.doubts, PrecisionWarning(told)))
+    draft = _warned(draft, found, left, free)
     return replace(draft, edges={}, kinds=()) if draft.large else draft
 
 
-def _tried(draft: Draft, least: int, jumps: bool, free: bool) -> tuple[Draft, Tensor]:
+def _warned(draft: Draft, found: Tensor, left: Values, free: bool) -> Draft:
+    """With a warning where a probe misses the promise; `left` are edges that do, with any scale."""
+    missed = count(left) + int((found > PROMISED).sum())
+    if not missed:
+        return draft
+    row = _row(draft, int(found.argmax())) if found.max() > PROMISED else _row(replace(draft, edges=left), -1)
+    told = doubt(answering(draft), row, missed, len(found) + count(left), approximated=free)
+    return replace(draft, doubts=(*draft.doubts, PrecisionWarning(told)))
+
+
+def _tried(draft: Draft, least: int, jumps: bool, free: bool, left: Values) -> tuple[Draft, Tensor, Values]:
     """From so many bits on: the first with which no probe misses by much; and by how much the probes miss then.
 
     jumps: rows that are close to a step also have to keep to their side with a few bits less. free: the caller has not
-    said how far polynomials may be off, so that what they are off counts as well.
+    said how far polynomials may be off, so that what they are off counts as well. left: edges that no scale helps, to
+    which others may be added.
     """
     if free and not jumps:  # what edges ask for is finer rounding; finer polynomials where these are not enough
         draft = replace(draft, max_error=default_error(least))
     frac, found = least, misses(_at(draft, least), approximated=free and jumps)
+    if not jumps:
+        draft, found, left = _without_hopeless(draft, found, frac, left)
     while frac < draft.most and (found.max() > CLOSE or (jumps and not _spared(draft, frac, free))):
         frac = min(frac + (2 if found.max() > 2 * CLOSE else 1), draft.most)
         found = _again(_at(draft, frac), found, approximated=free and jumps)
     draft = _at(draft, frac)
     if not draft.faithful or not free or jumps or draft.large:
-        return draft, found
+        return draft, found, left
     rounded, found = float(found.max()), misses(draft, approximated=True)
-    return _with_finer(draft, found) if found.max() > max(CLOSE, 1.5 * rounded) else (draft, found)
+    if found.max() > max(CLOSE, 1.5 * rounded):
+        draft, found = _with_finer(draft, found)
+    return draft, found, left
 
 
 def _again(draft: Draft, before: Tensor, *, approximated: bool) -> Tensor:
@@ -159,6 +174,18 @@ def _without_strange(draft: Draft, trial: Tensor) -> tuple[Draft, Tensor]:
     keep = usual | (trial[:rows] <= trial[:shown].max() * 2.0**_MORE)
     kept = torch.cat([keep, torch.ones(len(trial) - rows, dtype=torch.bool)])
     return replace(draft, probes=chosen(draft.probes, keep)), trial[kept]
+
+
+def _without_hopeless(draft: Draft, found: Tensor, frac: int, left: Values) -> tuple[Draft, Tensor, Values]:
+    """Without edges that miss, with so many bits, by more than all that fit would make up for; those join the others
+    that are left out. What does not help them is not paid for."""
+    probes = count(draft.probes)
+    hopeless = found[probes:] > _HOPELESS * PROMISED * 2.0 ** (draft.most - frac)
+    if not bool(hopeless.any()):
+        return draft, found, left
+    out = chosen(draft.edges, hopeless)
+    left = {label: torch.cat([x, left[label]]) for label, x in out.items()} if count(left) else out
+    return _without(draft, hopeless), torch.cat([found[:probes], found[probes:][~hopeless]]), left
 
 
 def _varies(rows: Tensor) -> bool:
