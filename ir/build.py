@@ -125,8 +125,8 @@ class FixedBuilder(Builder):
         gains: Mapping[str, float] | None = None,
     ) -> None:
         """`spared`: by how many bits the weights of a line of the model level have fewer. `finer`: how many fractional
-        bits the result of a line has, where it is to have more than others. `sizes`: how large it may become. `gains`: how
-        much it may amplify small differences of what it reads."""
+        bits the result of a line has, where it is to have more than others. `sizes`: how large it may become. `gains`:
+        how much it may amplify small differences of what it reads."""
         super().__init__(Level.FIXED)
         self.max_error = max_error
         self._frac = frac

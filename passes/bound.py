@@ -17,7 +17,8 @@ from tacit.ir.plan import Node, Plan
 from tacit.ir.ranges import DENSE, Interval, compact
 from tacit.ir.types import RING_BITS, Type, bits_for
 from tacit.passes.draft import Draft, Values
-from tacit.passes.observed import Seen, observe
+from tacit.passes.observed import observe
+from tacit.passes.seen import Seen
 
 # The widest value that every protocol takes: a difference and a truncation still fit.
 WIDEST = TRUNCATION_WIDTH - 1

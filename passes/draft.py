@@ -10,6 +10,7 @@ import torch
 
 from tacit.ir.plan import Node, Plan
 from tacit.ir.tree import Tree
+from tacit.passes.seen import Looks
 
 Tensor = torch.Tensor
 Values = Mapping[str, Tensor]
@@ -40,7 +41,7 @@ class Draft:
     margin: tuple[int, int] = (4, 16)  # of measured ranges: the least, and the one that is wanted
     margins: Mapping[str, int] = field(default_factory=dict)  # less than is wanted, for lines of the fixed level
     rows: tuple[int, int, int] = (0, 0, 0)  # of the calibration: shown as an example, as such, and drawn at random
-    looks: dict[int, Any] = field(default_factory=dict)  # what calibration has shown, of networks of one structure
+    looks: Looks = field(default_factory=Looks)  # what inputs have shown so far
     answers: dict[Any, Any] = field(default_factory=dict)  # of the float network, by the inputs: see `trial`
     most: int = MOST_FRAC_BITS  # fractional bits with which values fit the ring
     frac_bits: int | None = None  # fractional bits of activations; None: to be chosen
@@ -48,7 +49,7 @@ class Draft:
     spared: Mapping[str, int] = field(default_factory=dict)  # by how many bits the weights of a line have fewer
     finer: Mapping[str, int] = field(default_factory=dict)  # fractional bits of lines that have more than others
     sizes: Mapping[str, float] = field(default_factory=dict)  # how large lines may become, for what is divided by data
-    gains: Mapping[str, float] = field(default_factory=dict)  # how much layers that divide by data were seen to amplify it
+    gains: Mapping[str, float] = field(default_factory=dict)  # of layers that divide by data, how much they amplify it
     answer: Tree = None  # the structure of the results in the model's own classes; None for a lone tensor
     model: Draft | None = None  # below the model level: the draft that was written in fixed point
     edges: Values = field(default_factory=dict)  # as `probes`: blank and nearly blank inputs

@@ -14,7 +14,6 @@ from tacit.ir.ops.layer import Layer
 from tacit.ir.ops.moves import Move
 from tacit.ir.ops.norms import Normalise, RootMeanSquare, UnitLength
 from tacit.ir.ops.roles import Input
-from tacit.ir.plan import Plan
 from tacit.passes.draft import Draft
 from tacit.passes.trial import answering, count, look
 
@@ -35,7 +34,7 @@ def choose_finer(draft: Draft) -> Draft:
     real = answering(draft)
     looks = [look(real, rows) for rows in (draft.probes, draft.edges) if count(rows)]
     largest = looks[0].largest
-    gains = {name: max(seen.gains[name] for seen in looks) for name in looks[0].gains}
+    gains = {name: _power_above(max(seen.gains[name] for seen in looks)) for name in looks[0].gains}
     sizes = {name: size * draft.margin[1] for name, size in largest.items()}
     inputs = ((node.name, node.op) for node in draft.plan.nodes if isinstance(node.op, Input))
     sizes |= {name: max(-op.low, op.high) for name, op in inputs}
@@ -56,7 +55,7 @@ def _wanted(draft: Draft, gains: Mapping[str, float]) -> dict[str, int]:
         if not isinstance(node.op, Layer):
             continue
         product = isinstance(node.op, _PRODUCTS)
-        gain = max(gains.get(node.name, math.inf), 2.0**-MOST_FINE)
+        gain = gains.get(node.name, math.inf)
 
         def wanted_by(frac: int, op: Layer = node.op, gain: float = gain) -> int:
             most = max(fine_enough(1 / (gain * draft.margin[1])), fine_enough(1 / gain, frac))
@@ -76,6 +75,11 @@ def _wanted(draft: Draft, gains: Mapping[str, float]) -> dict[str, int]:
         if isinstance(plan.node(name).op, (Input, *_LINEAR)):
             found[name] = max(bits, found.get(name, 0))
     return {name: bits for name, bits in found.items() if not _is_whole(plan.node(name).op)}
+
+
+def _power_above(gain: float) -> float:
+    """Layers alike share their polynomials."""
+    return 2.0 ** math.ceil(math.log2(max(gain, 2.0**-MOST_FINE)))
 
 
 def _is_whole(op: Op) -> bool:

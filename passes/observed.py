@@ -2,45 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 
+from tacit.ir.ops.known import Known
+from tacit.ir.ops.local import MulPublic
+from tacit.ir.ops.nonlinear import Trunc
+from tacit.ir.ops.roles import Weight
 from tacit.ir.plan import Node, Plan
-from tacit.ir.ranges import Interval
-from tacit.ir.types import Type
 from tacit.passes.draft import Draft, Values
+from tacit.passes.seen import Seen
 
 Tensor = torch.Tensor
-
-
-@dataclass(frozen=True)
-class Seen:
-    """The least and the greatest element of a line over all inputs shown, as real numbers."""
-
-    low: float
-    high: float
-
-    @property
-    def one_sided(self) -> bool:
-        return self.low > 0 or self.high < 0
-
-    def widened(self, margin: int, declared: Type) -> Interval:
-        """As far on both sides as a value can be that is so many times as large as the largest: (ring integers)."""
-        more = (margin - 1) * max(-self.low, self.high)
-        return _in_ring(self.low - more, self.high + more, margin, declared)
-
-    def stretched(self, margin: int, declared: Type) -> Interval:
-        """Of values on one side of 0: so many times as large, and as small."""
-        ends = sorted((self.low * margin, self.low / margin, self.high * margin, self.high / margin))
-        return _in_ring(ends[0], ends[-1], 0, declared)
-
-
-def _in_ring(low: float, high: float, units: int, declared: Type) -> Interval:
-    """units: for the rounding of what was seen, with its margin."""
-    scale = 2.0**declared.frac
-    return Interval.full(declared.at(1).dims[1:], low * scale - units, high * scale + units)
 
 
 def observe(draft: Draft) -> Mapping[str, Seen]:
@@ -49,42 +24,49 @@ def observe(draft: Draft) -> Mapping[str, Seen]:
     Whole numbers are left out: they may be indices, which have to be right for every input. Networks that differ in
     their scales alone show the same, up to rounding, which margins cover: they share one look at each part of the data.
     """
-    ends, covered = _looks(draft)
+    values = _values(draft.plan)
     for part in draft.calibration:
-        if _key(part) not in covered:
+        if not draft.looks.covers(part, values.values()):
             for some in draft.chunks(part):
                 draft.estimate(some, watch(draft))
             note(draft, part)
-    return ends
+    return {name: draft.looks.ends[value] for name, value in values.items() if value in draft.looks.ends}
 
 
 def watch(draft: Draft) -> Callable[[Node, Tensor], None]:
     """A visitor of an estimate that widens what was seen."""
-    ends, _ = _looks(draft)
+    ends, values = draft.looks.ends, _values(draft.plan)
 
     def visit(node: Node, value: Tensor) -> None:
-        if node.type.batched and node.type.frac and not node.op.declares:
+        if node.name in values:
             low, high = (float(v) / 2.0**node.type.frac for v in torch.aminmax(value))
-            before = ends.get(node.name, Seen(low, high))
-            ends[node.name] = Seen(min(low, before.low), max(high, before.high))
+            before = ends.get(values[node.name], Seen(low, high))
+            ends[values[node.name]] = Seen(min(low, before.low), max(high, before.high))
 
     return visit
 
 
 def note(draft: Draft, part: Values) -> None:
     """These inputs have been watched, all of them."""
-    _looks(draft)[1][_key(part)] = part  # kept, so that no others come to lie at their place
+    draft.looks.note(part, _values(draft.plan).values())
 
 
-def _looks(draft: Draft) -> tuple[dict[str, Seen], dict[tuple[int, ...], Values]]:
-    found: tuple[dict[str, Seen], dict[tuple[int, ...], Values]]
-    found = draft.looks.setdefault(_structure(draft.plan), ({}, {}))
-    return found
+def _values(plan: Plan) -> dict[str, int]:
+    """Which real number each line stands for that is watched: alike in networks that differ in their scales alone.
 
-
-def _key(part: Values) -> tuple[int, ...]:
-    return tuple(id(x) for x in part.values())
-
-
-def _structure(plan: Plan) -> int:
-    return hash(tuple((node.name, type(node.op), node.args) for node in plan.nodes))
+    Truncations and shifts stand for what they read. Lines of one kind that one layer writes about the same values are
+    told apart by their order.
+    """
+    found: dict[str, int] = {}
+    count: Counter[int] = Counter()
+    for node in plan.nodes:
+        shift = isinstance(node.op, MulPublic) and node.op.value == 1 << node.op.bits
+        if shift or isinstance(node.op, (Trunc, Known)):
+            found[node.name] = found[node.args[0]]
+            continue
+        what = node.op.label if isinstance(node.op, Weight) else type(node.op)
+        kind = hash((what, node.origin, *(found[arg] for arg in node.args)))
+        count[kind] += 1
+        found[node.name] = hash((kind, count[kind]))
+    watched = (n for n in plan.nodes if n.type.batched and n.type.frac and not n.op.declares)
+    return {node.name: found[node.name] for node in watched}

@@ -69,7 +69,7 @@ def _with_coarser(draft: Draft) -> Draft | None:
 
 def _anew(model: Draft, **changes: Any) -> Draft:
     """Written in fixed point and bounded, with some settings changed."""
-    return bounded(fuse_truncation_into_relu(expand_to_fixed_point(replace(model, **changes, looks={}))))
+    return bounded(fuse_truncation_into_relu(expand_to_fixed_point(replace(model, **changes))))
 
 
 def _with_doubt(draft: Draft) -> Draft:

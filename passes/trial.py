@@ -16,6 +16,7 @@ from tacit.passes.bound import WIDEST_MEASURED, bounded
 from tacit.passes.draft import LEAST_FRAC_BITS, MOST_FRAC_BITS, Draft, Values
 from tacit.passes.observed import note, watch
 from tacit.passes.quantise import expand_to_fixed_point, fuse_truncation_into_relu
+from tacit.passes.seen import Looks
 
 Tensor = torch.Tensor
 # Logits are to be within 2^-8 of the float model's; where the largest is below 1, within 2^-8 of it, and where it is
@@ -85,7 +86,7 @@ def in_fixed_point(draft: Draft, approximated: bool, *, fused: bool = True) -> D
     if not approximated or not fixed.plan.find(FixedFunction):
         return fixed
     if count(draft.edges):
-        fixed = replace(fixed, calibration=(*fixed.calibration, draft.edges), looks={})
+        fixed = replace(fixed, calibration=(*fixed.calibration, draft.edges), looks=Looks())
     try:
         return bounded(fixed)
     except CompileError:
