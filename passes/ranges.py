@@ -9,6 +9,7 @@ from tacit.ir.errors import CompileError, PrecisionWarning, RangeWarning
 from tacit.passes.bound import TooWide, bounded
 from tacit.passes.draft import LEAST_FRAC_BITS, Draft
 from tacit.passes.quantise import default_error, expand_to_fixed_point, fuse_truncation_into_relu
+from tacit.passes.seen import Looks
 from tacit.passes.trial import PROMISED, misses
 
 # From so many inputs on that somebody chose, measured ranges are no surprise.
@@ -69,7 +70,7 @@ def _with_coarser(draft: Draft) -> Draft | None:
 
 def _anew(model: Draft, **changes: Any) -> Draft:
     """Written in fixed point and bounded, with some settings changed."""
-    return bounded(fuse_truncation_into_relu(expand_to_fixed_point(replace(model, **changes))))
+    return bounded(fuse_truncation_into_relu(expand_to_fixed_point(replace(model, **changes, looks=Looks()))))
 
 
 def _with_doubt(draft: Draft) -> Draft:

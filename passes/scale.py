@@ -72,6 +72,9 @@ def choose_scale(draft: Draft) -> Draft:
     free, found = draft.max_error is None, torch.zeros(count(draft.probes))
     if not (jumps or draft.faithful or least > draft.most):  # nothing is particular about the other edges
         draft = _at(replace(draft, edges={}, kinds=()), max(least, min(_LEAST_FRAC, draft.most)))
+        while draft.finer and (draft.frac_bits or 0) < tried and misses(draft).max() > CLOSE:
+            # Lines with bits of their own were not truncated beside those of the trial, but are beside fewer.
+            draft = _at(draft, (draft.frac_bits or 0) + 1)
         return _warned(draft, found, left, free) if count(left) else draft
     # Rows that nobody showed come as close to a step, or closer: no fewer bits than those of the trial, where they fit.
     least = max(least, _TRIAL_FRAC if jumps else _LEAST_FRAC)
