@@ -55,6 +55,7 @@ class Draft:
     edges: Values = field(default_factory=dict)  # as `probes`: blank and nearly blank inputs
     kinds: tuple[str, ...] = ()  # of the edges: blank, faint (around a value) or dim (around zero)
     floats: Callable[[Values], Tensor | None] = lambda inputs: None  # what PyTorch itself answers, if it can tell
+    usual: float = 0.0  # the largest number that the network answers to what was shown
     searched: bool = False  # whether the scale was chosen here
     doubts: tuple[Warning, ...] = ()  # of what the caller has to be warned
     faithful: bool = False  # whether the edges are to be tried out bit for bit, with truncations as they are dealt

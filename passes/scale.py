@@ -29,7 +29,10 @@ from tacit.passes.trial import (
     fits,
     misses,
     most_frac_bits,
+    shown,
     unsure,
+    usual_size,
+    varies,
 )
 
 Tensor = torch.Tensor
@@ -55,8 +58,7 @@ def choose_scale(draft: Draft) -> Draft:
     """
     if draft.frac_bits is not None:
         return draft
-    draft = replace(draft, searched=True)
-    draft = replace(draft, faithful=edges_are_amplified(draft))
+    draft = replace(draft, searched=True, usual=usual_size(draft), faithful=edges_are_amplified(draft))
     unknown = unsure(draft)
     left, draft = chosen(draft.edges, unknown), _without(draft, unknown)
     jumps = any(isinstance(node.op, ModelOp) and node.op.jumps() for node in answering(draft).plan.nodes)
@@ -132,7 +134,10 @@ def _again(draft: Draft, before: Tensor, *, approximated: bool) -> Tensor:
 
 def _with_finer(draft: Draft, found: Tensor) -> tuple[Draft, Tensor]:
     """With the polynomials of its scale, and of scales with more bits, as long as these help; and what is missed."""
-    finer = _at(replace(draft, max_error=None), min(max(draft.frac_bits or 0, _FINER_FROM), draft.most))
+    frac = max(draft.frac_bits or 0, _FINER_FROM)
+    if draft.max_error is None or default_error(frac) >= draft.max_error:  # as fine as that they are
+        frac += 2
+    finer = _at(replace(draft, max_error=None), min(frac, draft.most))
     while fits(finer):
         again = misses(finer, approximated=True)
         if again.max() >= found.max():
@@ -169,12 +174,10 @@ def _without_strange(draft: Draft, trial: Tensor) -> tuple[Draft, Tensor]:
     Deep networks amplify what is like none of the data that they were trained on: noise over the whole range would
     double what a plan costs, for answers that nobody asks for. Unless nothing but blank inputs was shown.
     """
-    rows = count(draft.probes)
-    shown = min(draft.rows[0] + draft.rows[1], rows)
-    usual = torch.arange(rows) < shown
-    if not any(_varies(x[:shown].reshape(shown, -1)) for x in draft.probes.values()):
+    rows, chosen_ones = count(draft.probes), shown(draft)
+    if not varies(draft):
         return draft, trial
-    keep = usual | (trial[:rows] <= trial[:shown].max() * 2.0**_MORE)
+    keep = (torch.arange(rows) < chosen_ones) | (trial[:rows] <= trial[:chosen_ones].max() * 2.0**_MORE)
     kept = torch.cat([keep, torch.ones(len(trial) - rows, dtype=torch.bool)])
     return replace(draft, probes=chosen(draft.probes, keep)), trial[kept]
 
@@ -189,10 +192,6 @@ def _without_hopeless(draft: Draft, found: Tensor, frac: int, left: Values) -> t
     out = chosen(draft.edges, hopeless)
     left = {label: torch.cat([x, left[label]]) for label, x in out.items()} if count(left) else out
     return _without(draft, hopeless), torch.cat([found[:probes], found[probes:][~hopeless]]), left
-
-
-def _varies(rows: Tensor) -> bool:
-    return bool((rows.amax(1) > rows.amin(1)).any()) or (len(rows) > 1 and bool((rows[0] != rows).any()))
 
 
 def _at(draft: Draft, frac_bits: int) -> Draft:

@@ -21,6 +21,7 @@ from tacit.passes.seen import Looks
 Tensor = torch.Tensor
 # Logits are to be within 2^-8 of the float model's; where the largest is below 1, within 2^-8 of it, and where it is
 # above 32, within 2^-13 of it. Other inputs than the probes will come, so the error seen on them is held to a quarter.
+# An input whose logits are larger than of any that was shown may be off by as much more.
 TOLERANCE, PROMISED = 2.0**-10, 4.0
 _LEAST_LOGIT = 2.0**-12
 # A trial of the scale itself may show twice what was extrapolated: half of the promise.
@@ -40,18 +41,23 @@ def misses(draft: Draft, *, approximated: bool = False) -> Tensor:
     fixed = in_fixed_point(real, approximated)
     chance = 0 if draft.close else None
     error, size = _errors(real, fixed, draft.probes, seed=chance)
-    wanted = min(1.0, max(float(size.max()), _LEAST_LOGIT)) if size.max() < 32 else float(size.max()) / 32
+    usual = draft.usual or float(size.max())
+    wanted = min(1.0, max(usual, _LEAST_LOGIT)) if usual < 32 else usual / 32
+
+    def allowed(size: Tensor) -> Tensor:
+        return TOLERANCE * (size / 32).clamp(min=wanted) * (size / max(usual, _LEAST_LOGIT)).clamp(min=1.0)
+
     if draft.close:
         _draw_again(draft, real, fixed, error)
-    allowed = TOLERANCE * (size / 32).clamp(min=wanted)
+    error /= allowed(size)
     if not count(draft.edges):
-        return error / allowed
+        return error
     off, size = _errors(real, fixed, draft.edges, seed=0 if draft.faithful else chance)
-    bound = TOLERANCE * (size / 32).clamp(min=wanted)
+    bound = allowed(size)
     if draft.faithful:  # estimates round more: an edge that is accurate in them is, bit for bit, as well
         rows = (off > CLOSE * bound).nonzero().flatten()
         off[rows], _ = _errors(real, fixed, chosen(draft.edges, rows), faithful=True)
-    return torch.cat([error / allowed, off / bound])
+    return torch.cat([error, off / bound])
 
 
 def _errors(
@@ -139,6 +145,27 @@ def edges_are_amplified(draft: Draft) -> bool:
         return False
     usual, blank = look(real, draft.probes).gains, look(real, draft.edges).gains
     return any(blank[name] > _SENSITIVE * usual[name] for name in blank)
+
+
+def usual_size(draft: Draft) -> float:
+    """The largest number that the network answers to what was shown; to anything, where that was blank."""
+    sizes = look(answering(draft), draft.probes).answers.abs().nan_to_num(posinf=0.0).amax(1)
+    return float(sizes[: max(shown(draft), 1)].max() if varies(draft) else sizes.max())
+
+
+def shown(draft: Draft) -> int:
+    """How many of the probes somebody chose; they are the first ones."""
+    return min(draft.rows[0] + draft.rows[1], count(draft.probes))
+
+
+def varies(draft: Draft) -> bool:
+    """Whether anything but blank inputs was shown."""
+    rows = shown(draft)
+    return any(_varied(x[:rows].reshape(rows, -1)) for x in draft.probes.values())
+
+
+def _varied(rows: Tensor) -> bool:
+    return bool((rows.amax(1) > rows.amin(1)).any()) or (len(rows) > 1 and bool((rows[0] != rows).any()))
 
 
 def most_frac_bits(draft: Draft, tried: int) -> int:
