@@ -77,7 +77,10 @@ def choose_scale(draft: Draft) -> Draft:
         while draft.finer and (draft.frac_bits or 0) < tried and misses(draft).max() > CLOSE:
             # Lines with bits of their own were not truncated beside those of the trial, but are beside fewer.
             draft = _at(draft, (draft.frac_bits or 0) + 1)
-        return _warned(draft, found, left, free) if count(left) else draft
+        if free and not draft.large:  # what polynomials are off grows like rounding, where a layer multiplies it
+            found = misses(draft, approximated=True)
+            draft, found = _with_finer(draft, found) if found.max() > CLOSE else (draft, found)
+        return _warned(draft, found, left, free)
     # Rows that nobody showed come as close to a step, or closer: no fewer bits than those of the trial, where they fit.
     least = max(least, _TRIAL_FRAC if jumps else _LEAST_FRAC)
     draft, found, left = _tried(draft, min(least, draft.most), jumps, free, left)

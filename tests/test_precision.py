@@ -36,6 +36,13 @@ def error(secure: tacit.Secure, model: nn.Module, x: Tensor) -> float:
         return float((secure(x) - model(x)).abs().max())
 
 
+def promised(model: nn.Module, x: Tensor) -> float:
+    """2^-8, of the largest number where that is below 1, and a 32nd of it where that is above 32."""
+    with torch.no_grad():
+        size = float(model(x).abs().max())
+    return PROMISED * max(min(size, 1.0), size / 32)
+
+
 @contextmanager
 def doubts() -> Iterator[list[str]]:
     """The texts of the precision warnings inside."""
@@ -236,6 +243,57 @@ def test_where_float_itself_does_not_know_its_answer_a_warning_says_so() -> None
     with doubts() as told:
         tacit.compile(model, noise(2, 1, 12, 12))
     assert len(told) == 1 and "that of float32" in told[0]
+
+
+def test_no_warning_where_float_knows_its_answer() -> None:
+    """The same five norms, with an eps that blank inputs are not far below."""
+    with doubts() as none:
+        tacit.compile(convolutions(lambda: nn.InstanceNorm2d(4, eps=0.1), 5, pad=1), noise(2, 1, 12, 12))
+    assert none == []
+
+
+def wide(factor: float) -> nn.Module:
+    """Values grow from layer to layer, up to what the ring holds."""
+    layers = [layer for _ in range(9) for layer in (nn.Linear(16, 16), nn.ReLU())]
+    model = seeded(nn.Sequential(*layers, nn.Linear(16, 2)))
+    with torch.no_grad():
+        for layer in layers[::2]:
+            layer.weight.mul_(factor)  # type: ignore[operator]
+    return model
+
+
+# What must be warned of, with what the warning says; and the same, close to it, that keeps the promise.
+PAIRS: dict[str, tuple[str, Callable[[], nn.Module], Callable[[], nn.Module]]] = {
+    "a product of small values": (
+        "values of ordinary size there (a norm before this layer)",
+        lambda: Model(lambda m, x: (x * 1e-4) * (x * 1e-4) * 1e8),
+        lambda: Model(lambda m, x: (x * 1e-1) * (x * 1e-1) * 1e2),
+    ),
+    "the end of a function": (
+        "the polynomials that stand for it are as far off",
+        lambda: Model(lambda m, x: torch.sigmoid(x - 12) * 1e5),
+        lambda: Model(lambda m, x: torch.sigmoid(x - 4) * 1e2),
+    ),
+    "two functions of which one undoes the other": (
+        "the polynomials that stand for it are as far off",
+        lambda: Model(lambda m, x: torch.exp(x * 3) * torch.exp(-x * 3 - 9) * 8000),
+        lambda: Model(lambda m, x: torch.exp(x * 3) * torch.exp(-x * 3)),
+    ),
+    "values that fill the ring": ("with 4 fractional bits", lambda: wide(32.0), lambda: wide(3.0)),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_planted_model_warns_and_one_close_to_it_does_not(name: str) -> None:
+    says, planted, near = PAIRS[name]
+    x = random(64, 16)
+    with doubts() as told:
+        secure = tacit.compile(planted().eval(), x, calibration=x, input_range=(0, 1))
+    assert len(told) == 1 and says in told[0]
+    assert error(secure, planted().eval(), x) > promised(planted().eval(), x)
+    with doubts() as none:
+        secure = tacit.compile(near().eval(), x, calibration=x, input_range=(0, 1))
+    assert none == [] and error(secure, near().eval(), x) <= promised(near().eval(), x)
 
 
 class Deep(nn.Module):
