@@ -80,8 +80,8 @@ def compile(
         and bool hold. The range of indices is that of the tables they are looked up in, whatever is given here.
     frac_bits: fractional bits of activations, 1 to 20; weights get up to four more. Default: the fewest with which
         logits stay within 2^-8 of the float model's, tried out on the whole example, on random and on blank inputs of
-        the range, and on faint ones, which deviate by a thousandth. Where even 20 are too few (of faint inputs: for
-        2^-6), a PrecisionWarning names the layer.
+        the range, and on faint ones, which deviate by a thousandth; where logits are larger than any of the example,
+        within as much more. Where even 20 are too few (of faint inputs: for 2^-6), a PrecisionWarning names the layer.
     max_error: how far the polynomials that stand for sigmoid, GELU, exp and the like may be from them, over the range
         that their operand can have; relative where the function is above 1. From 2^-20 to 2^-3. Default: 2^-10, or four
         units of the scale of activations where that is less.
