@@ -36,6 +36,7 @@ _QUICK, _DENSE = (np.cos(np.linspace(np.pi, 0.0, count)) for count in (17, 513))
 # Chebyshev's points, and from values there to coefficients of powers, for each degree.
 _POINTS = tuple(chebyshev.chebpts1(d + 1) for d in range(MOST_DEGREE + 1))
 _POWERS = tuple(np.linalg.inv(np.polynomial.polynomial.polyvander(_POINTS[d], d)) for d in range(MOST_DEGREE + 1))
+_STEPS = np.array([1.0, 1.25, 1.5, 1.75])  # from a power of two to the next
 _ROUNDING = 2.0**-48  # of a polynomial of degree 3, in float64
 _ELEMENTS = 1 << 20  # whose bounds are found at once
 _COMPARED = (4, 5, 6, 7, 8, 10, 12, 16, 24)  # bits that comparisons may look at
@@ -215,16 +216,16 @@ def _fit(
 ) -> Spline | None:
     """None where no degree reaches the error, which takes long to find out, too."""
     function = _on_integers(name, parameters, frac)
-    powers = 2.0 ** np.arange(bits_for(low, high))  # a function may be largest around 0, within the range
-    places = np.concatenate(
-        [low + (high - low) * (_QUICK + 1) / 2, _within(np.concatenate([-powers, [0.0], powers]), low, high)]
-    )
+    powers = np.outer(2.0 ** np.arange(bits_for(low, high)), _STEPS).ravel()
+    # Functions bend, and may be largest, around 0: a part of the range that those in proportion to it would all miss.
+    marks = np.unique(_within(np.rint(np.concatenate([-powers, [0.0], powers])), low, high))
+    places = np.concatenate([low + (high - low) * (_QUICK + 1) / 2, marks])
     largest = float(np.abs(function(places)).max())
     if not math.isfinite(largest):
         raise CompileError(f"{name} is infinite somewhere in [{low / 2.0**frac:.4g}, {high / 2.0**frac:.4g}]")
     scale = min(_RESULT_BITS, _RESULT_BITS - math.ceil(math.log2(max(largest, 2.0**-16) * (1 + error))))
     window = bits_for(low, high) + 1
-    fitter = _Fitter(function, low, high, scale, error, relative)
+    fitter = _Fitter(function, low, high, scale, error, relative, marks)
     best: Spline | None = None
     for degree in range(MOST_DEGREE, 0, -1):  # the most likely first: it limits what the others may take
         fewest = 0
@@ -262,6 +263,7 @@ class _Fitter:
     scale: int
     error: float
     relative: bool
+    marks: Floats  # places around 0 that are looked at beside those in proportion to a segment
 
     def run(self, degree: int, drop: int, most: int) -> Spline | None:
         """From left to right, every segment as long as it can be; None beyond so many knots."""
@@ -328,9 +330,9 @@ class _Fitter:
                 return None
             row = self._integers(fitted, centre, half)
             rounded = np.array(row, dtype=np.float64) / 2.0**self.scale
-            if self._accurate(rounded, quick, origin) and self._accurate(
-                rounded, _within(np.rint(centre + half * _DENSE), left, right), origin
-            ):
+            first, last = np.searchsorted(self.marks, (left + origin, right + origin + 1))
+            dense = _within(np.rint(centre + half * _DENSE), left, right), self.marks[first:last] - origin
+            if all(self._accurate(rounded, places, origin) for places in (quick, *dense) if len(places)):
                 return (*row, *(0,) * (degree - len(row) + 1))
         return None
 

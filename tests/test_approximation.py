@@ -83,6 +83,18 @@ def test_a_relative_bound_holds_over_many_octaves(name: str) -> None:
     assert worst(s, name, (), relative=True) <= 2.0**-9 * 1.02
 
 
+@pytest.mark.parametrize("name", ["silu", "gelu", "mish", "hardswish", "sigmoid", "tanh", "softplus", "elu"])
+@pytest.mark.parametrize("bits", [18, 26, 34, 42])
+def test_a_bend_around_zero_is_seen_in_any_range(name: str, bits: int) -> None:
+    """It is a millionth of a wide range: between two of a few hundred places in proportion to that."""
+    reach, parameters = 1 << bits, PARAMETERS.get(name, ((),))[0]
+    s = fit(name, parameters, -reach, reach, FRAC, error=2.0**-11)
+    x = torch.cat([torch.arange(-(16 << FRAC), 16 << FRAC, 97), torch.linspace(-reach, reach, 1001).long()])
+    exact = FUNCTIONS[name].function(x.double() / 2.0**FRAC, *parameters)
+    found = s.at(x, torch.tensor(0)).double() / 2.0**s.scale
+    assert float(((found - exact).abs() / exact.abs().clamp(min=1)).max()) <= 1.05 * 2.0**-11
+
+
 def test_fewer_bytes_for_a_larger_error() -> None:
     sizes = [fit("gelu", (), -(8 << 12), 8 << 12, 12, error=2.0**-k).bytes_of_element(18) for k in (5, 8, 11, 14)]
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1] / 2

@@ -100,7 +100,9 @@ def encrypted(name: str, size: int = 64) -> None:
     with torch.no_grad():
         expected = model(x)
     assert (answer - expected).abs().max() < 0.01 * expected.abs().max()
-    assert torch.equal(answer.argmax(1), expected.argmax(1))
+    first, second = expected.topk(2, dim=1).values.T
+    told_apart = first - second > 2.0**-8 * expected.abs().max()  # classes of a random network may lie closer
+    assert torch.equal(answer.argmax(1)[told_apart], expected.argmax(1)[told_apart])
 
 
 def test_a_small_image_goes_through_encrypted() -> None:
