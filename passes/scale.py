@@ -15,7 +15,7 @@ import torch
 
 from tacit.ir.errors import PrecisionWarning
 from tacit.ir.ops.model import ModelOp
-from tacit.passes.draft import Draft, Values
+from tacit.passes.draft import MOST_FRAC_BITS, Draft, Values
 from tacit.passes.precision import doubt
 from tacit.passes.quantise import default_error
 from tacit.passes.trial import (
@@ -136,19 +136,21 @@ def _again(draft: Draft, before: Tensor, *, approximated: bool) -> Tensor:
 
 
 def _with_finer(draft: Draft, found: Tensor) -> tuple[Draft, Tensor]:
-    """With the polynomials of its scale, and of scales with more bits, as long as these help; and what is missed."""
-    frac = max(draft.frac_bits or 0, _FINER_FROM)
-    if draft.max_error is None or default_error(frac) >= draft.max_error:  # as fine as that they are
-        frac += 2
-    finer = _at(replace(draft, max_error=None), min(frac, draft.most))
-    while fits(finer):
-        again = misses(finer, approximated=True)
+    """With the polynomials of its scale, and of scales with more bits, as long as these help; and what is missed.
+
+    Where more bits do not fit, polynomials alone become finer.
+    """
+    bits = max(draft.frac_bits or 0, _FINER_FROM)
+    if draft.max_error is None or default_error(bits) >= draft.max_error:  # as fine as that they are
+        bits += 2
+    while bits <= MOST_FRAC_BITS:
+        finer = _at(replace(draft, max_error=default_error(bits)), max(draft.frac_bits or 0, min(bits, draft.most)))
+        again = misses(finer, approximated=True) if fits(finer) else found
         if again.max() >= found.max():
             break
-        draft, found, more = finer, again, (finer.frac_bits or 0) + 2
-        if found.max() <= CLOSE or more > draft.most:
+        draft, found, bits = finer, again, bits + 2
+        if found.max() <= CLOSE:
             break
-        finer = _at(finer, more)
     return draft, found
 
 
