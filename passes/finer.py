@@ -56,14 +56,9 @@ def _wanted(draft: Draft, gains: Mapping[str, float]) -> dict[str, int]:
             continue
         product = isinstance(node.op, _PRODUCTS)
         gain = gains.get(node.name, math.inf)
-
-        def wanted_by(frac: int, op: Layer = node.op, gain: float = gain) -> int:
-            most = max(fine_enough(1 / (gain * draft.margin[1])), fine_enough(1 / gain, frac))
-            return min(op.wants(frac), most)
-
-        direct, through = wanted_by(found.get(node.name, 0)), 0
+        direct, through = _wanted_by(node.op, found.get(node.name, 0), gain, draft.margin[1]), 0
         if isinstance(node.op, _LINEAR):
-            through = wanted_by(handed.get(node.name, 0))
+            through = _wanted_by(node.op, handed.get(node.name, 0), gain, draft.margin[1])
         if product:
             direct, through = 0, max(direct, through)
         for arg in node.args:
@@ -75,6 +70,12 @@ def _wanted(draft: Draft, gains: Mapping[str, float]) -> dict[str, int]:
         if isinstance(plan.node(name).op, (Input, *_LINEAR)):
             found[name] = max(bits, found.get(name, 0))
     return {name: bits for name, bits in found.items() if not _is_whole(plan.node(name).op)}
+
+
+def _wanted_by(op: Layer, frac: int, gain: float, margin: int) -> int:
+    """The bits of what a layer reads, where so many are wanted of its result."""
+    most = max(fine_enough(1 / (gain * margin)), fine_enough(1 / gain, frac))
+    return min(op.wants(frac), most)
 
 
 def _power_above(gain: float) -> float:

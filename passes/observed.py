@@ -27,16 +27,19 @@ def observe(draft: Draft) -> Mapping[str, Seen]:
     values = _values(draft.plan)
     for part in draft.calibration:
         if not draft.looks.covers(part, values.values()):
+            visit = _widening(draft.looks.ends, values)
             for some in draft.chunks(part):
-                draft.estimate(some, watch(draft))
-            note(draft, part)
+                draft.estimate(some, visit)
+            draft.looks.note(part, values.values())
     return {name: draft.looks.ends[value] for name, value in values.items() if value in draft.looks.ends}
 
 
 def watch(draft: Draft) -> Callable[[Node, Tensor], None]:
     """A visitor of an estimate that widens what was seen."""
-    ends, values = draft.looks.ends, _values(draft.plan)
+    return _widening(draft.looks.ends, _values(draft.plan))
 
+
+def _widening(ends: dict[int, Seen], values: Mapping[str, int]) -> Callable[[Node, Tensor], None]:
     def visit(node: Node, value: Tensor) -> None:
         if node.name in values:
             low, high = (float(v) / 2.0**node.type.frac for v in torch.aminmax(value))

@@ -71,15 +71,9 @@ def choose_scale(draft: Draft) -> Draft:
             draft, trial, left = _without_hopeless(draft, trial, tried, left)
     least = _extrapolated(trial, tried, jumps)
     draft = replace(draft, close=close_rows(draft)) if jumps else _worst(draft, trial)
-    free, found = draft.max_error is None, torch.zeros(count(draft.probes))
-    if not (jumps or draft.faithful or least > draft.most):  # nothing is particular about the other edges
-        draft = _at(replace(draft, edges={}, kinds=()), max(least, min(_LEAST_FRAC, draft.most)))
-        while draft.finer and (draft.frac_bits or 0) < tried and misses(draft).max() > CLOSE:
-            # Lines with bits of their own were not truncated beside those of the trial, but are beside fewer.
-            draft = _at(draft, (draft.frac_bits or 0) + 1)
-        if free and not draft.large:  # what polynomials are off grows like rounding, where a layer multiplies it
-            found = misses(draft, approximated=True)
-            draft, found = _with_finer(draft, found) if found.max() > CLOSE else (draft, found)
+    free = draft.max_error is None
+    if not (jumps or draft.faithful or least > draft.most):
+        draft, found = _confirmed(draft, max(least, min(_LEAST_FRAC, draft.most)), tried, free)
         return _warned(draft, found, left, free)
     # Rows that nobody showed come as close to a step, or closer: no fewer bits than those of the trial, where they fit.
     least = max(least, _TRIAL_FRAC if jumps else _LEAST_FRAC)
@@ -89,6 +83,20 @@ def choose_scale(draft: Draft) -> Draft:
     )
     draft = _warned(draft, found, left, free)
     return replace(draft, edges={}, kinds=()) if draft.large else draft
+
+
+def _confirmed(draft: Draft, least: int, tried: int, free: bool) -> tuple[Draft, Tensor]:
+    """With the bits that a trial told, or a few more; and by how much the probes miss then. Nothing is particular
+    about the edges. tried, free: as in `choose_scale` and `_tried`."""
+    draft = _at(replace(draft, edges={}, kinds=()), least)
+    while draft.finer and (draft.frac_bits or 0) < tried and misses(draft).max() > CLOSE:
+        # Lines with bits of their own were not truncated beside those of the trial, but are beside fewer.
+        draft = _at(draft, (draft.frac_bits or 0) + 1)
+    if not free or draft.large:
+        return draft, torch.zeros(count(draft.probes))
+    # What polynomials are off grows like rounding, where a layer multiplies it.
+    found = misses(draft, approximated=True)
+    return _with_finer(draft, found) if found.max() > CLOSE else (draft, found)
 
 
 def _warned(draft: Draft, found: Tensor, left: Values, free: bool) -> Draft:

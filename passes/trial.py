@@ -68,7 +68,8 @@ def _errors(
     if not count(rows):
         return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
     exact = look(real, rows, faithful=faithful).answers
-    parts = [fixed.estimate(some, watch(fixed), faithful=faithful, seed=seed) for some in real.chunks(rows)]
+    visit = watch(fixed)
+    parts = [fixed.estimate(some, visit, faithful=faithful, seed=seed) for some in real.chunks(rows)]
     note(fixed, rows)
     found = torch.cat([_by_row(part, some) for part, some in zip(parts, real.chunks(rows), strict=True)]) * unit
     return _difference(found, exact), torch.where(exact.isfinite(), exact.abs(), 0.0).amax(1)

@@ -470,13 +470,18 @@ def test_a_value_that_may_overflow_names_its_layer_and_the_remedies() -> None:
     assert any(remedy in told for remedy in ("input_range", "calibration", "frac_bits"))
 
 
-def test_a_deep_network_of_wide_ranges_is_refused_at_a_scale_that_does_not_fit() -> None:
+def wide(factor: float) -> nn.Module:
+    """Values grow from layer to layer, up to what the ring holds."""
     layers = [layer for _ in range(9) for layer in (nn.Linear(16, 16), nn.ReLU())]
     model = seeded(nn.Sequential(*layers, nn.Linear(16, 2)))
     with torch.no_grad():
         for layer in layers[::2]:
-            layer.weight.mul_(16)  # type: ignore[operator]
-    x = random(64, 16)
+            layer.weight.mul_(factor)  # type: ignore[operator]
+    return model
+
+
+def test_a_deep_network_of_wide_ranges_is_refused_at_a_scale_that_does_not_fit() -> None:
+    model, x = wide(16), random(64, 16)
     told = refused(model, x, frac_bits=12)
     assert "input_range" in told
     (fewer,) = re.findall(r"frac_bits=(\d+);", told)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from test_capture import Model, seeded
+from test_capture import Model, seeded, wide
 from torch import nn
 from torch.nn import functional as F
 
@@ -250,16 +250,6 @@ def test_no_warning_where_float_knows_its_answer() -> None:
     with doubts() as none:
         tacit.compile(convolutions(lambda: nn.InstanceNorm2d(4, eps=0.1), 5, pad=1), noise(2, 1, 12, 12))
     assert none == []
-
-
-def wide(factor: float) -> nn.Module:
-    """Values grow from layer to layer, up to what the ring holds."""
-    layers = [layer for _ in range(9) for layer in (nn.Linear(16, 16), nn.ReLU())]
-    model = seeded(nn.Sequential(*layers, nn.Linear(16, 2)))
-    with torch.no_grad():
-        for layer in layers[::2]:
-            layer.weight.mul_(factor)  # type: ignore[operator]
-    return model
 
 
 # What must be warned of, with what the warning says; and the same, close to it, that keeps the promise.

@@ -132,8 +132,8 @@ def normalised(b: FixedBuilder, x: str, axes: tuple[int, ...], reach: float, inv
     # Without a truncation of its own where that has few enough bits, or where as many as are squared do.
     x = b.at_precision(whole, squared if needed <= squared + _WORTH_IT and b.types[x].frac > most else most)
     fine = min(b.types[x].frac, _SMALL_BITS)
-    small = needed > min(fine_enough(math.sqrt(_SMALL_MEAN)), squared + _BLURRED)  # rows may be
-    if small and least < inverse.count * _LEAST_MEAN and fine > squared + _WORTH_IT:
+    small_rows = needed > min(fine_enough(math.sqrt(_SMALL_MEAN)), squared + _BLURRED)
+    if small_rows and least < inverse.count * _LEAST_MEAN and fine > squared + _WORTH_IT:
         x = b.at_precision(whole, fine)
         factor = _by_size(b, whole, x, axes, reach, inverse)
     else:
