@@ -123,10 +123,12 @@ class FixedBuilder(Builder):
         finer: Mapping[str, int] | None = None,
         sizes: Mapping[str, float] | None = None,
         gains: Mapping[str, float] | None = None,
+        outline: bool = False,
     ) -> None:
         """`spared`: by how many bits the weights of a line of the model level have fewer. `finer`: how many fractional
         bits the result of a line has, where it is to have more than others. `sizes`: how large it may become. `gains`:
-        how much it may amplify small differences of what it reads."""
+        how much it may amplify small differences of what it reads. `outline`: the plan alone is wanted, and encoded
+        weights hold no data."""
         super().__init__(Level.FIXED)
         self.max_error = max_error
         self._frac = frac
@@ -137,6 +139,8 @@ class FixedBuilder(Builder):
         self._weight_frac = weight_frac
         self._spared = spared or {}
         self._real = dict(weights)
+        self._outline = outline
+        self._found_ends: dict[str, tuple[float, float]] = {}
         self.encoded: dict[str, Tensor] = {}
         self._emitted: dict[tuple[Op, tuple[str, ...]], str] = {}
         self._weight_nodes: dict[tuple[str, int, tuple[int, ...]], str] = {}
@@ -161,8 +165,8 @@ class FixedBuilder(Builder):
 
         beside: what is added to its product, whose rounding then counts as well.
         """
-        tensors = [self._real[one] for one in (label, *beside) if one is not None]
-        return self._suited(max(float(x.abs().max()) if x.numel() else 0.0 for x in tensors))
+        ends = [self._ends(one) for one in (label, *beside) if one is not None]
+        return self._suited(max(max(-low, high) for low, high in ends))
 
     def bits_of_number(self, value: float) -> int:
         """As `bits_of`, of a factor that the plan tells."""
@@ -189,6 +193,14 @@ class FixedBuilder(Builder):
         """How large the value may become of whose line of the model level this is the last one."""
         return self._sizes.get(self._origins.get(x, x), _USUAL_REACH)
 
+    def _ends(self, label: str) -> tuple[float, float]:
+        """The least and the greatest element of a weight tensor."""
+        if label not in self._found_ends:
+            value = self._real[label]
+            low, high = torch.aminmax(value) if value.numel() else torch.zeros(2)
+            self._found_ends[label] = float(low), float(high)
+        return self._found_ends[label]
+
     def real(self, label: str) -> Tensor:
         return self._real[label]
 
@@ -196,6 +208,7 @@ class FixedBuilder(Builder):
         """A weight made of another one, under a label of its own."""
         made = Label(f"{label}.{suffix}")
         self._real[made] = value
+        self._found_ends.pop(made, None)
         return made
 
     def derived(self, label: str, suffix: str, shape: tuple[int, ...]) -> Label:
@@ -214,15 +227,14 @@ class FixedBuilder(Builder):
     def _encode(self, label: str, value: Tensor, frac: int) -> str:
         from tacit.ir.ops.roles import Weight
 
-        scaled = value.to(torch.float64, copy=True).mul_(2.0**frac).round_()
-        low, high = (float(end) for end in torch.aminmax(scaled))
+        low, high = (end * 2.0**frac for end in self._ends(label))
         if not -(2.0**62) < low <= high < 2.0**62:  # NaN is not below anything
             raise CompileError(f"weight '{label}' holds {_misfit(value, frac)}")
         copies = sum(name == label or name.startswith(f"{label}.copy") for name in self.encoded)
         unique = f"{label}.copy{copies}" if copies else str(label)
         # Several drafts are held while scales and rings are tried out: nearly all weights take half of 64 bits.
         small = bits_for(low, high) <= SMALL_RING_BITS
-        self.encoded[unique] = scaled.to(DTYPES[SMALL_RING_BITS if small else RING_BITS])
+        self.encoded[unique] = _encoded(value, frac, DTYPES[SMALL_RING_BITS if small else RING_BITS], self._outline)
         declared = Type("secret", tuple(value.shape), frac)
         return self.declare(Weight(unique), declared, name=self.fresh("w"))
 
@@ -331,6 +343,12 @@ class FixedBuilder(Builder):
         if abs(scaled) >= 1 << 62:
             raise CompileError(f"the constant {value} is too large for {bits} fractional bits")
         return scaled
+
+
+def _encoded(value: Tensor, frac: int, dtype: torch.dtype, outline: bool) -> Tensor:
+    if outline:
+        return torch.empty(value.shape, dtype=dtype, device="meta")
+    return value.to(torch.float64, copy=True).mul_(2.0**frac).round_().to(dtype)
 
 
 def _misfit(value: Tensor, frac: int) -> str:

@@ -97,7 +97,7 @@ def _errors(draft: Draft, real: Values, fixed: Draft, row: Values, seed: int) ->
         found = value.reshape(-1) / 2.0**node.type.frac
         errors[layer.name] = float((found - real[layer.name].reshape(-1)).abs().nan_to_num().max())
 
-    fixed.estimate(row, visit, faithful=True, seed=seed)
+    fixed.estimate(row, visit, faithful=not draft.large, seed=seed)
     return errors
 
 

