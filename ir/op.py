@@ -18,6 +18,7 @@ import torch
 
 from tacit.ir.cost import P0, P1, P2, Cost, Link, Randomness, in_sequence
 from tacit.ir.errors import PlanError
+from tacit.ir.forms import REALS, Form, mapped
 from tacit.ir.seen import Sights, of_randomness, together
 from tacit.ir.types import DTYPES, RING_BITS, Batch, Dim, Shape, Type
 
@@ -146,6 +147,11 @@ class Op:
         """The interval of the result (fixed level), from the intervals of the operands."""
         raise NotImplementedError
 
+    def form(self, *args: Any) -> Any:
+        """The affine form of the result (fixed level, see `ir.forms`), from those of the operands, or the values of
+        constants; None where the op has none."""
+        return None
+
     def parts(self, *args: Any) -> tuple[Subprotocol, ...]:
         """The subprotocols that one execution runs, one after the other; none for a local op."""
         return ()
@@ -201,6 +207,9 @@ class LocalOp(Op):
 
     def reference(self, oracle: Any, *args: Tensor) -> Tensor:
         return self.compute(oracle.ring, *args)
+
+    def form(self, *args: Form | Tensor) -> Form | None:
+        return mapped(lambda *rows: self.reference(REALS, *rows), self.bound, args)
 
     def run(self, party: Party, *args: Any) -> Program:
         # Sums and public factors may have been computed in more bits: a linear map commutes with the reduction.

@@ -15,8 +15,9 @@ from tacit.ir.ops.roles import Input, Weight
 from tacit.ir.ops.spline import FixedFunction
 from tacit.ir.plan import Node, Plan
 from tacit.ir.ranges import DENSE, Interval, compact
-from tacit.ir.types import RING_BITS, Type, bits_for
+from tacit.ir.types import RING_BITS, SMALL_RING_BITS, Type, bits_for
 from tacit.passes.draft import Draft, Values
+from tacit.passes.forms import Forms
 from tacit.passes.observed import observe
 from tacit.passes.seen import Seen
 
@@ -91,6 +92,7 @@ def intervals(draft: Draft, seen: Mapping[str, Seen] | None = None) -> Iterator[
     plan, seen = draft.plan, seen or {}
     last = {arg: node.name for node in plan.nodes for arg in node.args}
     known: dict[str, Interval] = {}
+    forms = Forms(plan, draft.weights)
     for node in plan.nodes:
         operands = tuple(_operand(plan, arg, draft.weights, known) for arg in node.args)
         if isinstance(node.op, FixedFunction):
@@ -98,7 +100,8 @@ def intervals(draft: Draft, seen: Mapping[str, Seen] | None = None) -> Iterator[
             if narrower is not None:
                 yield narrower
                 operands = (narrower.interval,)
-        found = Bounded(node, _claimed(plan, node, _interval(node, draft.weights, operands)), operands)
+        interval = _claimed(plan, node, _interval(node, draft.weights, operands))
+        found = Bounded(node, forms.narrowed(node, interval), operands)
         if node.name in seen:
             found = _measured(draft, found, seen[node.name])
         if not isinstance(node.op, Weight):  # as float64 they would take twice the memory of the model
@@ -107,6 +110,7 @@ def intervals(draft: Draft, seen: Mapping[str, Seen] | None = None) -> Iterator[
         for arg in node.args:
             if last[arg] == node.name:
                 known.pop(arg, None)
+                forms.forget(arg)
 
 
 def _claimed(plan: Plan, node: Node, interval: Interval) -> Interval:
@@ -128,7 +132,7 @@ def _margins(draft: Draft, name: str) -> Iterator[int]:
 
 
 def _measured(draft: Draft, found: Bounded, seen: Seen) -> Bounded:
-    """With the range that was seen and its margin, where that takes fewer bits than the proved one."""
+    """With the range that was seen and its margin, where that takes bits enough less than the proved one."""
     proved, node = found.interval, found.node
     if node.op.tight:
         return found
@@ -136,8 +140,9 @@ def _measured(draft: Draft, found: Bounded, seen: Seen) -> Bounded:
         narrow = proved.meet(seen.widened(margin, node.type))
         if bits_for(*narrow.ends) <= WIDEST_MEASURED:
             break
-    fewer = bits_for(*narrow.ends) < bits_for(*proved.ends)
-    return replace(found, interval=narrow, margin=margin) if fewer else found
+    bits, most = (bits_for(*interval.ends) for interval in (narrow, proved))
+    leaves = most <= SMALL_RING_BITS < bits + FREE_BITS
+    return replace(found, interval=narrow, margin=margin) if bits < most and not leaves else found
 
 
 def _fitted(draft: Draft, node: Node, proved: Interval, seen: Seen | None) -> tuple[Node, Bounded | None]:

@@ -13,6 +13,7 @@ from tacit.ir.plan import Node, Plan
 from tacit.ir.types import SMALL_RING_BITS, Type
 from tacit.passes.bound import FREE_BITS, bounded
 from tacit.passes.draft import Draft
+from tacit.passes.forms import work
 from tacit.passes.lower import lower_to_protocol
 from tacit.passes.quantise import EXTRA_WEIGHT_BITS, expand_to_fixed_point, fuse_truncation_into_relu
 from tacit.passes.trial import misses
@@ -156,13 +157,7 @@ def _candidates(draft: Draft) -> list[_Spare]:
                     int(bits),
                     frozenset(part),
                     frozenset(node.origin for node in products),
-                    sum(_work(plan, node) for node in products),
+                    sum(work(plan, node) for node in products),
                 )
             )
     return found
-
-
-def _work(plan: Plan, node: Node) -> int:
-    """Multiplications for one input."""
-    weight = plan.node(node.args[1]).type
-    return node.type.at(1).numel * weight.numel // weight.dims[0]

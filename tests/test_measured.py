@@ -20,7 +20,7 @@ Tensor = torch.Tensor
 
 
 def deep(layers: int = 12) -> nn.Module:
-    """Proofs lose two bits in each layer."""
+    """Proofs lose a bit or two in each layer."""
     torch.manual_seed(0)
     blocks = [layer for _ in range(layers) for layer in (nn.Linear(32, 32), nn.ReLU())]
     for layer in blocks[::2]:
@@ -37,21 +37,21 @@ def told(model: nn.Module, x: Tensor, **options: object) -> tuple[tacit.Secure, 
 
 
 def test_a_deep_network_compiles_from_one_row_and_says_what_stands_behind_it() -> None:
-    model, x = deep(30), random(1, 32)
+    model, x = deep(50), random(1, 32)
     secure, said = told(model, x)
     assert secure.plan.ranges == "measured" and "ranges=measured" in str(secure.plan)
     assert len(said) == 1 and "1 of the example" in said[0] and "calibration=x" in said[0]
     inputs = random(20, 32, seed=5)
     with torch.no_grad():
-        # Roundings of thirty layers, drawn anew in each run: one row in a thousand is 2^-8 off.
-        assert float((secure.check(inputs) - model(inputs)).abs().max()) < 2**-7
+        expected = model(inputs)
+    assert float((secure.check(inputs) - expected).abs().max()) < 2**-8 * float(expected.abs().max())
     secure.reference(inputs, check=True)
     with pytest.raises(tacit.CompileError, match='ranges="auto"'):
         tacit.compile(model, x, ranges="proved")
 
 
 def test_the_warning_is_of_few_rows_alone() -> None:
-    model, x, many = deep(30), random(2, 32), random(64, 32, seed=3)
+    model, x, many = deep(50), random(2, 32), random(64, 32, seed=3)
     assert told(model, x)[1]
     assert not told(model, x, calibration=many)[1]
     assert not told(model, many)[1]
@@ -69,12 +69,12 @@ def test_a_margin_is_room_for_so_many_times_what_was_seen(margin: int) -> None:
     assert lines and {node.margin for node in lines} == {margin}
     for node in lines:
         assert node.type.width + FREE_BITS <= node.type.ring
-    bytes_of = {m: told(model, x, ranges="measured", margin=m)[0].plan.cost().online_bytes for m in (2, 256)}
+    bytes_of = {m: told(deep(30), x, ranges="measured", margin=m)[0].plan.cost().online_bytes for m in (2, 256)}
     assert bytes_of[2] < bytes_of[256]
 
 
 def test_plan_report_and_statement_name_the_measured_lines() -> None:
-    secure, _ = told(deep(30), random(2, 32), margin=(4, 16))
+    secure, _ = told(deep(50), random(2, 32), margin=(4, 16))
     lines = [node for node in secure.plan.nodes if node.margin]
     text = str(secure.plan)
     assert Plan.parse(text) == secure.plan and text.count(" ~16x ") + text.count(" ~8x ") + text.count(" ~4x ") == len(
@@ -87,7 +87,7 @@ def test_plan_report_and_statement_name_the_measured_lines() -> None:
 
 
 def test_a_margin_in_a_plan_is_verified() -> None:
-    secure, _ = told(deep(30), random(2, 32))
+    secure, _ = told(deep(50), random(2, 32))
     text = str(secure.plan)
     for wrong in ("~0x", "~1x", "~99999999x", "~x"):
         with pytest.raises(PlanError):

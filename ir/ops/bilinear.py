@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from tacit.ir.forms import Form
 from tacit.ir.op import Level, Op, Sample, Subprotocol, expect, expect_kind
 from tacit.ir.ops.linear import Product
 from tacit.ir.ops.local import Sum
@@ -33,6 +34,9 @@ class OfTwoSecrets(Product):
 
     levels = _BOTH
 
+    def form(self, *args: Form | Tensor) -> None:
+        return None  # linear in each, not in both
+
     def parts(self, x: Type, y: Type) -> tuple[Subprotocol, ...]:
         return (Multiply(self, x.dims, y.dims, self.infer(x, y).dims),)
 
@@ -53,6 +57,9 @@ class Times(OfTwoSecrets):
 
     def bound(self, x: Interval, w: Interval) -> Interval:
         return x * w
+
+    def work(self, out: Type, w: Type) -> int:
+        return out.numel
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
@@ -83,6 +90,9 @@ class MatMul(OfTwoSecrets):
         for i in range(len(left)):
             target[i] = ring.matmul(left[i], right[i])
         return out
+
+    def work(self, out: Type, w: Type) -> int:
+        return out.numel * w.dims[-2]
 
     def bound(self, x: Interval, w: Interval) -> Interval:
         """From centres and radii; where that takes long, alike at all places of the leading and outer dimensions."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tacit.ir.forms import Form, itself
 from tacit.ir.op import LocalOp, Sample, expect, expect_kind
 from tacit.ir.ops.layer import real
 from tacit.ir.ops.model import ModelOp
@@ -44,6 +45,9 @@ class Known(LocalOp):
     def bound(self, x: Interval) -> Interval:
         return x.meet(Interval.full((1,) * len(x.shape), self.low, self.high))
 
+    def form(self, *args: Form | Tensor) -> Form | None:
+        return itself(args[0])
+
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
         return (Sample(cls(-(2.0**30), 2.0**30), (Type("secret", (_N, 5), 12, 20),)),)
@@ -75,6 +79,9 @@ class WithinHull(LocalOp):
         low, high = (hull.low - slack) * unit, (hull.high + slack) * unit
         return x.meet(Interval(low, high))
 
+    def form(self, *args: Form | Tensor) -> Form | None:
+        return itself(args[0])
+
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
         x = Type("secret", (_N, 3, 5), 14, 20)
@@ -102,6 +109,9 @@ class Among(LocalOp):
     def bound(self, x: Interval, v: Interval) -> Interval:
         hull = v.hull((len(v.shape) - 1,))
         return x.meet(Interval(hull.low[..., :1], hull.high[..., :1]))
+
+    def form(self, *args: Form | Tensor) -> Form | None:
+        return itself(args[0])
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from tacit.ir.cost import DEALT, P2, PRF, Cost, Randomness, links, ring_bytes, small_ring
+from tacit.ir.forms import Form, mapped
 from tacit.ir.op import Level, Material, Op, Program, Sample, Subprotocol, expect, expect_kind
 from tacit.ir.ranges import Interval
 from tacit.ir.seen import OPENED, Sights
@@ -55,6 +56,13 @@ class Product(Op):
         radius, size = self.real_product(torch.stack([x.radius, x.magnitude]), w.low.abs())
         return Interval.around(centre, radius, size)
 
+    def form(self, *args: Form | Tensor) -> Form | None:
+        return mapped(self.real_product, self.bound, args)
+
+    def work(self, out: Type, w: Type) -> int:
+        """Multiply-adds for one input, from the types of the result and of the second factor."""
+        return out.numel * w.numel // w.dims[0]
+
 
 @dataclass(frozen=True)
 class FixedLinear(Product):
@@ -77,6 +85,9 @@ class FixedLinear(Product):
 
     def real_product(self, x: Tensor, w: Tensor) -> Tensor:
         return F.linear(x, w.t() if self.rows else w)
+
+    def work(self, out: Type, w: Type) -> int:
+        return out.numel * w.dims[0 if self.rows else 1]
 
     def bound(self, x: Interval, w: Interval) -> Interval:
         """Features are bounded one by one; for large values, alike at all places of the other dimensions."""
@@ -176,6 +187,9 @@ class FixedMul(Product):
 
     def real_product(self, x: Tensor, w: Tensor) -> Tensor:
         return x * w
+
+    def work(self, out: Type, w: Type) -> int:
+        return out.numel
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:

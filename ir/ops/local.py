@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tacit.ir.forms import REALS, Form
 from tacit.ir.op import LocalOp, Program, Sample, expect, expect_kind
 from tacit.ir.ranges import Interval
 from tacit.ir.types import Batch, Shape, Type, broadcast
@@ -179,12 +180,7 @@ class _Pool(LocalOp):
             ends = narrow.scaled(float(weights.min())).union(narrow.scaled(float(weights.max())))
             return ends.expand((len(x.low), len(rows), len(columns)))
 
-        def sums(value: Tensor) -> Tensor:
-            return torch.stack(
-                [torch.stack([value[:, a:b, c:d].sum((1, 2)) for c, d in columns], -1) for a, b in rows], -2
-            )
-
-        low, high, size = sums(x.low), sums(x.high), sums(x.magnitude)
+        low, high, size = REALS.window_sums(torch.stack([x.low, x.high, x.magnitude]), rows, columns)
         return Interval.around((low + high) / 2 * factors, (high - low) / 2 * factors, size * factors)
 
 
@@ -310,6 +306,9 @@ class SumBatch(LocalOp):
     def bound(self, x: Interval) -> Interval:
         factor = 2.0**31
         return x.reshape((1,)).scaled(factor).union(Interval.full((1,), 0.0, 0.0))
+
+    def form(self, *args: Form | Tensor) -> Form | None:
+        return None  # rows of a form are no batch
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from tacit.ir.forms import Form
 from tacit.ir.op import Level, Op, Program, Sample, Subprotocol, expect, expect_kind
 from tacit.ir.ops.comparison import Select, Truncate, check_window
 from tacit.ir.ranges import Interval
@@ -59,6 +60,9 @@ class Trunc(Op):
     def bound(self, x: Interval) -> Interval:
         return x.truncated(self.bits)
 
+    def form(self, x: Form) -> Form:
+        return x.relaxed(2.0**-self.bits, 0.0, 1.0)
+
     def parts(self, x: Type) -> tuple[Subprotocol, ...]:
         expect(x.width < x.ring, f"{x} is too wide to be truncated: at most b{x.ring - 1}")
         return (Truncate(x.dims, self.bits, x.ring, self.ring),)
@@ -92,6 +96,14 @@ class FixedReLU(Op):
 
     def bound(self, x: Interval) -> Interval:
         return (x.truncated(self.truncate) if self.truncate else x).relu()
+
+    def form(self, x: Form) -> Form:
+        """Between low < 0 < high, max(x, 0) lies above its chord times x, and below the chord."""
+        x = Trunc(self.truncate).form(x) if self.truncate else x
+        low, high = x.interval.low, x.interval.high
+        slope = torch.where(low >= 0, 1.0, torch.where(high <= 0, 0.0, high / (high - low)))
+        half = torch.where((low < 0) & (high > 0), -low * slope / 2, 0.0)
+        return x.relaxed(slope, half, half)
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:

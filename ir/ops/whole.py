@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tacit.ir.errors import CompileError
+from tacit.ir.forms import Form, itself
 from tacit.ir.op import LocalOp, Sample, expect, expect_kind
 from tacit.ir.ops.layer import real
 from tacit.ir.ops.model import ModelOp
@@ -46,6 +47,9 @@ class FixedWithin(LocalOp):
             ends = f"[{least:.0f}, {most:.0f}], outside of [{self.low}, {self.high}]"
             raise CompileError(f"its {what} may lie in {ends}; {remedy}")
         return x
+
+    def form(self, *args: Form | Tensor) -> Form | None:
+        return itself(args[0])
 
     @classmethod
     def samples(cls) -> tuple[Sample, ...]:
