@@ -84,13 +84,11 @@ def mapped(
     counts = [len(x.terms) for x in operands if isinstance(x, Form)]
     if not counts:
         return None
-    constant, centre, *terms = function(*(x.rows(max(counts)) if isinstance(x, Form) else x for x in operands)).split(
-        [1, 1, max(counts)]
-    )
+    rows = function(*(x.rows(max(counts)) if isinstance(x, Form) else x for x in operands))
     error = bound(*(x.error if isinstance(x, Form) else Interval.exactly(x) for x in operands))
     # A constant brings a dimension of one element for the batch.
-    radius = (error.radius + _SLACK * error.magnitude).expand(centre.shape)[0]
-    return Form(centre[0], terms[0] - constant, radius)
+    radius = (error.radius + _SLACK * error.magnitude).expand(1, *rows.shape[1:])[0]
+    return Form(rows[1], rows[2:] - rows[0], radius)
 
 
 def itself(x: Form | Tensor) -> Form | None:

@@ -16,7 +16,7 @@ from tacit.passes.draft import Draft
 from tacit.passes.forms import work
 from tacit.passes.lower import lower_to_protocol
 from tacit.passes.quantise import EXTRA_WEIGHT_BITS, expand_to_fixed_point, fuse_truncation_into_relu
-from tacit.passes.trial import misses
+from tacit.passes.trial import CLOSE, misses
 
 # The suite whose protocols work in both rings.
 _SUITE = "fused"
@@ -105,7 +105,6 @@ def fit_small_ring(draft: Draft) -> Draft:
         return draft
     model = replace(model, ranges=draft.ranges)
     chosen = sorted(_candidates(draft), key=lambda spare: -spare.work)
-    limit = _limit(model) if any(spare.bits for spare in chosen) else 0.0
     while chosen:
         margins = {name: margin for spare in chosen for name, margin in spare.margins.items()}
         again = replace(_spared(model, chosen), margins=margins)
@@ -113,7 +112,7 @@ def fit_small_ring(draft: Draft) -> Draft:
         fitting: set[str] = set().union(*_fitting(lower_to_protocol(tried).plan))
         kept = [spare for spare in chosen if spare.lines <= fitting]
         if kept == chosen:
-            kept = _accurate(model, chosen, limit)
+            kept = _accurate(model, chosen)
             if kept == chosen:
                 return replace(tried, model=None)
         del tried  # its weights, before the next ones
@@ -125,19 +124,23 @@ def _spared(model: Draft, chosen: list[_Spare]) -> Draft:
     return replace(model, spared={origin: spare.bits for spare in chosen for origin in spare.origins if spare.bits})
 
 
-def _accurate(model: Draft, chosen: list[_Spare], limit: float) -> list[_Spare]:
-    """Those with the most work, halved until the logits are accurate: cheaper than new bounds for each half."""
+def _accurate(model: Draft, chosen: list[_Spare]) -> list[_Spare]:
+    """Those with the most work, halved until the logits are accurate: cheaper than new bounds for each half.
+
+    Allowed is the error as it is, or twice what `choose_scale` wants, which extrapolates.
+    """
     free = [spare for spare in chosen if not spare.bits]
     dear = [spare for spare in chosen if spare.bits]
-    while dear and float(misses(_spared(model, dear)).max()) > limit:
+    missed = _missed(model, dear)
+    limit = CLOSE if missed <= CLOSE else max(CLOSE, float(misses(model).max()))
+    while missed > limit:
         dear = dear[: len(dear) // 2]
+        missed = _missed(model, dear)
     return [spare for spare in chosen if spare in free or spare in dear]
 
 
-def _limit(model: Draft) -> float:
-    """The error that is allowed: as it is, or twice what `choose_scale` wants, which extrapolates. That is half of what
-    is promised; the rest is for inputs that are no probes."""
-    return max(float(misses(model).max()), 2.0)
+def _missed(model: Draft, dear: list[_Spare]) -> float:
+    return float(misses(_spared(model, dear)).max()) if dear else 0.0
 
 
 def _candidates(draft: Draft) -> list[_Spare]:
