@@ -111,6 +111,11 @@ class Interval:
         low, high = compact(self.low).amin(dims, keepdim=True), compact(self.high).amax(dims, keepdim=True)
         return Interval(low.expand(self.low.shape), high.expand(self.high.shape))
 
+    def not_below_zero(self, *terms: Interval) -> Interval:
+        """Of sums with positive factors, whose slack does not reach below 0 where no term does."""
+        least = min(float(compact(x.low).min()) for x in terms)
+        return self.map(lambda v: v.clamp(min=0)) if least >= 0 else self
+
     def narrowed(self, keep: tuple[int, ...] = ()) -> Interval:
         """Without the repetitions: dimensions that do not vary have size 1, but for those to keep."""
         shape = [
@@ -168,7 +173,7 @@ class Interval:
         times = float(torch.Size(self.shape[i] for i in dims if narrow.shape[i] == 1).numel())
         narrow = narrow.scaled(times)
         low, high, size = (v.sum(dims, keepdim=True) for v in (narrow.low, narrow.high, narrow.magnitude))
-        return Interval.around((low + high) / 2, (high - low) / 2, size).expand(shape)
+        return Interval.around((low + high) / 2, (high - low) / 2, size).not_below_zero(self).expand(shape)
 
     def rearranged(self, function: Callable[[Tensor], Tensor]) -> Interval:
         """Under a function that only moves, repeats or drops elements."""

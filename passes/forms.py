@@ -52,7 +52,9 @@ class Forms:
         if form is None:
             return interval
         self._forms[node.name] = form
-        return form.interval
+        found = form.interval
+        # What is not repeated in memory is computed with element by element.
+        return interval if bool((found.low <= interval.low).all() and (found.high >= interval.high).all()) else found
 
     def forget(self, name: str) -> None:
         self._forms.pop(name, None)

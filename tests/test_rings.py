@@ -215,18 +215,18 @@ def test_weights_are_held_in_small_words_until_their_ring_is_chosen(protocol: st
 
 
 def test_overflow_of_the_small_ring_is_found() -> None:
-    small, pattern = images(64, 64), torch.tensor([1.0, -1.0] * 32)
-    model = seeded(nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 2)))
+    small, pattern = images(64, 4096), torch.tensor([1.0, -1.0] * 2048)
+    model = seeded(nn.Sequential(nn.Linear(4096, 8), nn.ReLU(), nn.Linear(8, 2)))
     with torch.no_grad():
         model[0].weight.copy_(pattern)
     secure = tacit.compile(
-        model, small[:4], input_range=(-1, 1), ranges="measured", margin=2, calibration=small, frac_bits=10
+        model, small[:4], input_range=(-1, 1), ranges="measured", margin=2, calibration=small, frac_bits=7
     )
     linear = next(node for node in secure.plan.nodes if node.op.name == "linear")
     assert linear.type.ring == 32
     assert torch.equal(secure.reference(small, check=True), secure.reference(small))
     with pytest.raises(tacit.RangeError, match=r"module '0' .*linear"):
-        secure.reference(pattern.expand(3, 64), check=True)
+        secure.reference(pattern.expand(3, 4096), check=True)
 
 
 # --- plans that claim too much ---

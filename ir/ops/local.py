@@ -181,7 +181,8 @@ class _Pool(LocalOp):
             return ends.expand((len(x.low), len(rows), len(columns)))
 
         low, high, size = REALS.window_sums(torch.stack([x.low, x.high, x.magnitude]), rows, columns)
-        return Interval.around((low + high) / 2 * factors, (high - low) / 2 * factors, size * factors)
+        found = Interval.around((low + high) / 2 * factors, (high - low) / 2 * factors, size * factors)
+        return found.not_below_zero(x)
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class RunningSum(Layer, LocalOp):
 
     def bound(self, x: Interval) -> Interval:
         low, high, size = (v.cumsum(self.axis - 1) for v in (x.low, x.high, x.magnitude))
-        return Interval.around((low + high) / 2, (high - low) / 2, size)
+        return Interval.around((low + high) / 2, (high - low) / 2, size).not_below_zero(x)
 
     def expand(self, b: FixedBuilder, *args: str) -> str:
         return b.emit(self, *args)
