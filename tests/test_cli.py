@@ -37,6 +37,11 @@ class Sum(nn.Module):
         return (left + right).relu()
 
 
+def deep():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), *(layer for _ in range(9) for layer in (nn.Linear(9, 9), nn.ReLU()))).eval()
+
+
 ready = network()
 total = Sum().eval()
 curved = nn.Sigmoid().eval()
@@ -167,9 +172,10 @@ def test_calibration_data_serve_as_example(place: Path, tmp_path: Path) -> None:
     source = f"{place / 'nets.py'}:ready"
     summary = told("compile", source, "--calibration", place / "x.npy", "-o", tmp_path, "--range", "0", "1")
     assert summary["ranges"] == "proved"
-    how = ("--ranges", "measured", "--margin", "2", "--frac-bits", "16")  # too many for 32 bits in any case
+    how = ("--range", "0", "1", "--ranges", "measured", "--margin", "2")
     with pytest.warns(tacit.RangeWarning, match=r"values .* times as large"):
-        summary = told("compile", source, "--calibration", place / "x.npy", "-o", tmp_path, "--range", "0", "1", *how)
+        deep = f"{place / 'nets.py'}:deep"
+        summary = told("compile", deep, "--calibration", place / "x.npy", "-o", tmp_path, *how)
     assert summary["ranges"] == "measured"
     message = fails("compile", source, "--calibration", place / "x.npy", "--example", "1x9", "-o", tmp_path)
     assert "differ in shape" in message
