@@ -39,7 +39,10 @@ class Sum(nn.Module):
 
 def deep():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), *(layer for _ in range(9) for layer in (nn.Linear(9, 9), nn.ReLU()))).eval()
+    blocks = [layer for _ in range(9) for layer in (nn.Linear(9, 9), nn.ReLU())]
+    for layer in blocks[::2]:
+        nn.init.kaiming_normal_(layer.weight)
+    return nn.Sequential(nn.Flatten(), *blocks).eval()
 
 
 ready = network()
