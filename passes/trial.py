@@ -174,16 +174,18 @@ def _varied(rows: Tensor) -> bool:
 def most_frac_bits(draft: Draft, tried: int) -> int:
     """With how many fractional bits all values fit the ring, by what the probes show and the least margin.
 
-    tried: with how many the network is looked at. Lines that get no more with more, as those of norms, do not count.
+    tried: with how many the network is looked at. Lines of layers that divide by data do not count: these see to it
+    themselves that they fit.
     """
     largest = look(answering(draft), draft.probes).largest
     coarse, fine = (
         expand_to_fixed_point(draft.with_(draft.plan, frac_bits=bits), outline=True).plan for bits in (tried, tried + 1)
     )
     most, again = MOST_FRAC_BITS, _counted(fine)
+    dividing = {n.name for n in draft.plan.nodes if isinstance(n.op, ModelOp) and n.op.amplifies()}
     for key, node in _counted(coarse).items():
         grown = again[key].type.frac - node.type.frac if key in again else 0
-        if node.origin in largest and node.type.batched and grown > 0:
+        if node.origin in largest.keys() - dividing and node.type.batched and grown > 0:
             width = math.log2(max(largest[node.origin] * draft.margin[0], 1.0)) + node.type.frac + 1
             most = min(most, math.floor(tried + (WIDEST_MEASURED - width) / grown))
     return max(LEAST_FRAC_BITS, most)

@@ -176,8 +176,8 @@ def test_calibration_data_serve_as_example(place: Path, tmp_path: Path) -> None:
     summary = told("compile", source, "--calibration", place / "x.npy", "-o", tmp_path, "--range", "0", "1")
     assert summary["ranges"] == "proved"
     how = ("--range", "0", "1", "--ranges", "measured", "--margin", "2")
+    deep = f"{place / 'nets.py'}:deep"
     with pytest.warns(tacit.RangeWarning, match=r"values .* times as large"):
-        deep = f"{place / 'nets.py'}:deep"
         summary = told("compile", deep, "--calibration", place / "x.npy", "-o", tmp_path, *how)
     assert summary["ranges"] == "measured"
     message = fails("compile", source, "--calibration", place / "x.npy", "--example", "1x9", "-o", tmp_path)
