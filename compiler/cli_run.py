@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 import typer
 
 from tacit.arguments import in_order, slots_of
+from tacit.cli_model import load_model
 from tacit.cli_shared import (
     AsJson,
     Failure,
@@ -30,6 +32,7 @@ from tacit.structure import together
 def register(app: typer.Typer) -> None:
     """Add this command to the command line."""
     app.command("run")(run)
+    app.command("accuracy")(accuracy)
 
 
 def run(
@@ -72,6 +75,25 @@ def run(
         if output is not None:
             save_answer(output, answer)
     _print_run(secure, answer, [run for run in runs if run is not None], output, check, as_json)
+
+
+def accuracy(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What `tacit compile` wrote.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="As for `tacit compile`. Loading it runs its code.")],
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT.npy", help="One array for each input of the model.")],
+    targets: Annotated[Path | None, typer.Option(help="The true classes (.npy).")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """How a plan does on a data set, beside the float model, in the clear: what to run before going live."""
+    with clear_errors():
+        secure = load(folder)
+        arrays = [read_array(path) for path in inputs]
+        slots = slots_of(secure.plan)
+        arguments = in_order(slots[:-1] if secure.plan.reveal == "correct" else slots, arrays)
+        classes = None if targets is None else read_array(targets)
+        x = arguments[0] if len(arguments) == 1 else arguments
+        found = secure.accuracy(x, classes, model=load_model(model))
+    typer.echo(json.dumps(dataclasses.asdict(found)) if as_json else str(found))
 
 
 def _in_batches(secure: Secure, arrays: Sequence[torch.Tensor], size: int) -> tuple[Any, list[Run | None]]:

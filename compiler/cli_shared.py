@@ -14,11 +14,11 @@ import numpy as np
 import torch
 import typer
 
-from tacit.diff import aligned
 from tacit.ir.errors import TacitError, shortened
 from tacit.ir.files import write_whole
 from tacit.ir.plan import PlanCost
 from tacit.structure import named_leaves
+from tacit.tables import aligned
 
 PlanPath = Annotated[Path, typer.Argument(metavar="PLAN", help="The folder of a compiled model, or its plan.txt.")]
 MOST_BATCH = 1 << 30

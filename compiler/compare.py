@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tacit.diff import aligned
 from tacit.ir.plan import Plan, PlanCost
 from tacit.ir.predict import Prediction
 from tacit.ir.view.layers import layers
 from tacit.ir.view.page import size_text, time_text
+from tacit.tables import aligned
 
 FIGURES = ("rounds", "online_bytes", "offline_bytes", "session_bytes", "width", "seconds")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from tacit.progress import waiting
 from tacit.runtime.overflow import headroom, limit, magnitude
 from tacit.runtime.reference import interpret
 from tacit.secure import check_inputs
+from tacit.tables import aligned
 
 Tensor = torch.Tensor
 TOLERANCE = 2.0**-8
@@ -164,10 +165,3 @@ def ranges_text(plan: Plan) -> str:
                 ]
             )
     return "\n".join([*aligned(rows, numbers=range(2, 7)), f"ranges={plan.ranges}"])
-
-
-def aligned(rows: Sequence[Sequence[str]], *, numbers: range) -> list[str]:
-    """Lines of a table, numbers to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    signs = [">" if i in numbers else "<" for i in range(len(widths))]
-    return ["  ".join(f"{cell:{s}{w}}" for cell, s, w in zip(row, signs, widths, strict=True)).rstrip() for row in rows]

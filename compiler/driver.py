@@ -118,7 +118,7 @@ def compile(
     log.info("compiled %s: %d lines, %.2f s", draft.plan.name, len(draft.plan.nodes), time.perf_counter() - begin)
     for told in (*draft.doubts, *told_of_ranges(draft)):
         warnings.warn(told, stacklevel=3)  # the caller of compile
-    found = Secure(draft.plan, draft.weights, answer=draft.answer)
+    found = Secure(draft.plan, draft.weights, answer=draft.answer, model=model)
     del draft
     release_freed_buffers()  # drafts of large models were large
     return found

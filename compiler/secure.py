@@ -6,7 +6,8 @@ import copy
 import hashlib
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from tacit.arguments import bind, slots_of
+from tacit.accuracy import Accuracy, FloatModel, Tally, parts, require_classes, sliced
+from tacit.arguments import CONSTANTS, bind, slots_of
 from tacit.ir.errors import InputError, WeightsError
 from tacit.ir.files import require_place
 from tacit.ir.given import path_of, shown
@@ -63,13 +65,16 @@ class Secure:
         dtype: torch.dtype = torch.float32,
         *,
         answer: Tree = None,
+        model: Any = None,
     ) -> None:
-        """dtype: of results of which the plan says nothing else. answer: the model's own containers of its results."""
+        """dtype: of results of which the plan says nothing else. answer: the model's own containers of its results.
+        model: what was compiled, as long as somebody else keeps it: see `accuracy`."""
         self.plan = plan
         self.last_run: Run | None = None
         self._weights: Mapping[str, Tensor] = weights if isinstance(weights, Words) else Words(plan, weights)
         self._dtype = dtype
         self._answer = answer
+        self._model: Callable[[], Any] = (lambda: None) if model is None else weakref.ref(model)
         self._session: Session | None = None
         self._opening = threading.Lock()
         survive_forks()
@@ -89,10 +94,12 @@ class Secure:
         Secure.__init__(self, state["plan"], state["weights"], state["dtype"])
 
     def __copy__(self) -> Secure:
-        return Secure(self.plan, self._weights, self._dtype, answer=self._answer)
+        return Secure(self.plan, self._weights, self._dtype, answer=self._answer, model=self._model())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Secure:
-        return Secure(self.plan, copy.deepcopy(self._weights, memo), self._dtype, answer=self._answer)
+        return Secure(
+            self.plan, copy.deepcopy(self._weights, memo), self._dtype, answer=self._answer, model=self._model()
+        )
 
     @stops_at_exit
     def __call__(self, *inputs: Any, **named: Any) -> Any:
@@ -128,6 +135,39 @@ class Secure:
             clear = interpret(self.plan, self._weights, check_inputs(self.plan, inputs, named), trace.offsets)
             compare(self.plan, trace.values, clear)
         return answer
+
+    @stops_at_exit
+    def accuracy(
+        self, x: Any, y: Tensor | None = None, *, model: Any = None, kwargs: Mapping[str, Any] | None = None
+    ) -> Accuracy:
+        """How this plan does on a data set, beside the float model, in the clear: what to run before going live.
+
+        x: inputs as `tacit.compile` takes an example, any number of rows. y: their classes, int64, one for each row;
+        reveal="correct" needs them. model: the float model, where this was loaded, or the model is gone. kwargs: as
+        given to compile. Truncations round by chance, as they do in a run; values that leave the range of their line,
+        on which a run may answer otherwise, are told by row.
+
+        The float model runs as it is now, in batches. Raises InputError where inputs, classes or model do not fit.
+        """
+        float_model = self._model() if model is None else model
+        if float_model is None:
+            raise InputError("the float model is not at hand any more: give it, as in secure.accuracy(x, model=model)")
+        with waiting("comparing with float"):
+            return self._compared(FloatModel(float_model), x, y, kwargs)
+
+    def _compared(self, model: FloatModel, x: Any, y: Tensor | None, kwargs: Mapping[str, Any] | None) -> Accuracy:
+        args, named = model.arguments(x, kwargs)
+        inputs = {name: value for name, value in named.items() if not isinstance(value, CONSTANTS)}
+        counted = self.plan.reveal == "correct"
+        if counted and y is None:
+            raise InputError("this plan counts right classes: give them, as in secure.accuracy(x, y)")
+        checked = check_inputs(self.plan, (*args, y) if counted else args, inputs)
+        rows = len(next(iter(checked.values())))
+        tally = Tally(self.plan, require_classes(y, rows))
+        for part in parts(self.plan, rows):
+            answer = tally.run(self._weights, {label: value[part] for label, value in checked.items()})
+            tally.compare(self._decoded(answer), model(sliced(args, part), sliced(named, part)), part)
+        return tally.found()
 
     def _run(self, inputs: tuple[Any, ...], named: Mapping[str, Any], *, trace: bool) -> tuple[Any, Trace | None]:
         encoded = self._encoded(inputs, named)

@@ -44,22 +44,28 @@ def misses(draft: Draft, *, approximated: bool = False) -> Tensor:
     chance = 0 if draft.close else None
     error, size = _errors(real, fixed, draft.probes, seed=chance)
     usual = draft.usual or float(size.max())
-    wanted = min(1.0, max(usual, _LEAST_LOGIT)) if usual < 32 else usual / 32
 
-    def allowed(size: Tensor) -> Tensor:
-        return TOLERANCE * (size / 32).clamp(min=wanted) * (size / max(usual, _LEAST_LOGIT)).clamp(min=1.0)
+    def wanted(size: Tensor) -> Tensor:
+        return wanted_of(size, usual) * (size / max(usual, _LEAST_LOGIT)).clamp(min=1.0)
 
     if draft.close:
         _draw_again(draft, real, fixed, error)
-    error /= allowed(size)
+    error /= wanted(size)
     if not count(draft.edges):
         return error
     off, size = _errors(real, fixed, draft.edges, seed=0 if draft.faithful else chance)
-    bound = allowed(size)
+    bound = wanted(size)
     if draft.faithful:  # estimates round more: an edge that is accurate in them is, bit for bit, as well
         rows = (off > CLOSE * bound).nonzero().flatten()
         off[rows], _ = _errors(real, fixed, chosen(draft.edges, rows), faithful=True)
     return torch.cat([error, off / bound])
+
+
+def wanted_of(size: Tensor, usual: float) -> Tensor:
+    """How far rows may be off whose largest numbers these are: a quarter of what is promised. usual: the largest
+    number of all rows."""
+    least = min(1.0, max(usual, _LEAST_LOGIT)) if usual < 32 else usual / 32
+    return TOLERANCE * (size / 32).clamp(min=least)
 
 
 def _errors(

@@ -7,7 +7,8 @@ a comparison answers at random and a sum wraps. Sums and products are looked at 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -54,16 +55,37 @@ def magnitude(node: Node, values: Mapping[str, Tensor]) -> Tensor:
     return values[node.name].double().abs()
 
 
+class RangeWatch:
+    """A visitor of `interpret`: tells of each line with a value outside its range, and how many times as large as it
+    may be each of its values is."""
+
+    def __init__(self, plan: Plan, tell: Callable[[Node, Tensor], None]) -> None:
+        self._tell = tell
+        self._uses = Counter(arg for node in plan.nodes for arg in set(node.args))
+        self._values: dict[str, Tensor] = {}
+
+    def __call__(self, node: Node, value: Tensor) -> None:
+        self._values[node.name] = value
+        # Of a value as wide as the ring nothing is claimed.
+        if node.type.kind == "secret" and not isinstance(node.op, (Mask, Weight)) and node.type.width < RING_BITS:
+            size = magnitude(node, self._values) / limit(node)
+            if bool((size > _ROUNDING).any()):
+                self._tell(node, size)
+        for arg in set(node.args):
+            self._uses[arg] -= 1
+            if not self._uses[arg]:
+                del self._values[arg]
+        if not self._uses[node.name]:
+            del self._values[node.name]
+
+
 def interpret_checked(plan: Plan, weights: Values, inputs: Values) -> dict[str, Tensor]:
-    """As `reference.interpret`; raises RangeError at the first line with a value outside its range."""
-    values = interpret(plan, weights, inputs)
-    for node in plan.nodes:
-        if node.type.kind != "secret" or isinstance(node.op, (Mask, Weight)) or node.type.width == RING_BITS:
-            continue  # of a value as wide as the ring nothing is claimed
-        outside = magnitude(node, values) > limit(node) * _ROUNDING
-        if bool(outside.any()):
-            raise RangeError(_told(plan, node, int(outside.sum()), outside.numel()))
-    return values
+    """As `reference.interpret`, for the result; raises RangeError at the first line with a value outside its range."""
+
+    def tell(node: Node, size: Tensor) -> None:
+        raise RangeError(_told(plan, node, int((size > _ROUNDING).sum()), size.numel()))
+
+    return interpret(plan, weights, inputs, visit=RangeWatch(plan, tell))
 
 
 def _told(plan: Plan, node: Node, count: int, total: int) -> str:
