@@ -63,25 +63,37 @@ class Accuracy:
     left: tuple[Left, ...] = ()
     quantiles: tuple[float, ...] = QUANTILES
 
-    def __str__(self) -> str:
-        rows = [["inputs", f"{self.rows:,}"]]
+    @staticmethod
+    def read(told: Mapping[str, Any]) -> Accuracy:
+        """From what `dataclasses.asdict` makes of it, which JSON holds; raises TypeError, KeyError or ValueError."""
+        whole: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in told.items()}
+        whole["left"] = tuple(Left(**line) for line in told["left"])
+        return Accuracy(**whole)
+
+    def lines(self) -> list[tuple[str, str]]:
+        """For people: what was found, and of what."""
+        rows = [("inputs", f"{self.rows:,}")]
         for what, count in (
             ("same class as float", self.same_class),
             ("true class", self.correct),
             ("true class, float", self.float_correct),
         ):
             if count is not None:
-                rows.append([what, f"{count:,} of {self.rows:,} ({100 * count / self.rows:.2f}%)"])
+                rows.append((what, f"{count:,} of {self.rows:,} ({100 * count / self.rows:.2f}%)"))
         if self.errors is not None:
             found = zip(self.quantiles, self.errors, strict=True)
-            rows.append(["off by at most", ", ".join(f"{error:.2g} ({100 * q:g}%)" for q, error in found)])
-            rows.append(["further than promised", _listed(self.beyond)])
-        rows.append([f"left a range ({self.ranges})", _listed(self.left_range)])
-        lines = [
-            [f"  %{one.line} {one.op}", one.module, f"{one.rows} rows, up to {one.times:.3g} times its range"]
-            for one in self.left
-        ]
-        return "\n".join([*aligned(rows, numbers=range(0)), *(aligned(lines, numbers=range(0)) if lines else [])])
+            rows.append(("off by at most", ", ".join(f"{error:.2g} ({100 * q:g}%)" for q, error in found)))
+            rows.append(("further than promised", _listed(self.beyond)))
+        rows.append((f"left a range ({self.ranges})", _listed(self.left_range)))
+        for one in self.left:
+            where = f"{one.module}, " if one.module else ""
+            rows.append(
+                (f"  %{one.line} {one.op}", f"{where}{one.rows} rows, up to {one.times:.3g} times what it may be")
+            )
+        return rows
+
+    def __str__(self) -> str:
+        return "\n".join(aligned(self.lines(), numbers=range(0)))
 
 
 def _listed(rows: Sequence[int]) -> str:

@@ -13,6 +13,7 @@ from rich.highlighter import RegexHighlighter
 from rich.text import Text
 from rich.theme import Theme
 
+from tacit.accuracy import Accuracy
 from tacit.cli_shared import AsJson, Failure, PlanPath, clear_errors, measured_times
 from tacit.diff import ranges_text
 from tacit.ir.files import require_place, write_whole
@@ -69,6 +70,9 @@ def show(
         Path | None,
         typer.Option(metavar="FILE", help="With --html: what `tacit run --json` or `bench --json` printed."),
     ] = None,
+    accuracy: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --html: what `tacit accuracy --json` printed.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print a plan, after checking every line of it; or write its report, or draw the errors of its functions."""
@@ -77,12 +81,13 @@ def show(
             require_place(place)
         found = read_plan(plan)
         times = None if measured is None else measured_times(measured, batch)
+        seen = [] if accuracy is None else _read_accuracy(accuracy)
         if errors is not None:
             _draw_errors(found, errors)
             typer.echo(f"written   {errors}")
         if html is not None:
             prediction = found.predict(batch, network)
-            write_whole(html, page(found, batch=batch, prediction=prediction, measured=times).encode())
+            write_whole(html, page(found, batch=batch, prediction=prediction, measured=times, accuracy=seen).encode())
             typer.echo(f"written   {html}")
         if html is not None or errors is not None:
             return
@@ -98,6 +103,13 @@ def show(
         console.print(text, soft_wrap=True, end="")
     else:
         typer.echo(str(found), nl=False)
+
+
+def _read_accuracy(path: Path) -> list[tuple[str, str]]:
+    try:
+        return Accuracy.read(json.loads(path.read_text(encoding="utf-8"))).lines()
+    except (ValueError, TypeError, AttributeError, KeyError):
+        raise Failure(f"{path} is not what `tacit accuracy --json` prints") from None
 
 
 def _draw_errors(plan: Plan, file: Path) -> None:

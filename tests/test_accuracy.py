@@ -161,3 +161,10 @@ def test_the_command(reveal: str, tmp_path: Path) -> None:
     assert "50 of 50 (100.00%)" in shown.output
     told = json.loads(CliRunner().invoke(cli.app, [*asked, "--json"]).output)
     assert told["rows"] == told["correct"] == told["float_correct"] == 50
+    (tmp_path / "accuracy.json").write_text(json.dumps(told))
+    report = ["show", folder, "--html", str(tmp_path / "report.html"), "--accuracy"]
+    assert CliRunner().invoke(cli.app, [*report, str(tmp_path / "accuracy.json")]).exit_code == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "id=accuracy" in page and "50 of 50 (100.00%)" in page and "href='#accuracy'" in page
+    refused = CliRunner().invoke(cli.app, [*report, str(tmp_path / "nets.py")])
+    assert refused.exit_code == 1 and "tacit accuracy --json" in refused.output

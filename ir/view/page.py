@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 
@@ -26,6 +26,7 @@ _POLICY = (
 )
 _SECTIONS = (
     ("leakage", "Who sees what"),
+    ("accuracy", "Accuracy"),
     ("graph-section", "Graph"),
     ("layers", "Layers"),
     ("plan", "Plan"),
@@ -44,17 +45,19 @@ def page(
     batch: int = 1,
     prediction: Prediction | None = None,
     measured: Mapping[str, float] | None = None,
+    accuracy: Sequence[tuple[str, str]] = (),
 ) -> str:
     """The whole page, for a plan of the protocol level.
 
     prediction: seconds by line (see `ir.predict`). measured: seconds of a real run, under the names "offline" and
-    "online", shown beside the prediction.
+    "online", shown beside the prediction. accuracy: what was found on a data set, and of what.
     """
     cost = plan.cost(batch=batch)
     body = [
-        _top(plan, cost, prediction, measured),
+        _top(plan, cost, prediction, measured, bool(accuracy)),
         "<main id='main'>",
         _leakage(plan),
+        _accuracy(accuracy),
         _graph(plan),
         _layers(plan, batch, prediction),
         _text(plan),
@@ -95,7 +98,13 @@ def _section(key: str, intro: str, content: str) -> str:
     )
 
 
-def _top(plan: Plan, cost: PlanCost, prediction: Prediction | None, measured: Mapping[str, float] | None) -> str:
+def _top(
+    plan: Plan,
+    cost: PlanCost,
+    prediction: Prediction | None,
+    measured: Mapping[str, float] | None,
+    accuracy: bool,
+) -> str:
     tags = (
         f"reveals {plan.reveal}",
         f"{plan.protocol} protocol",
@@ -119,9 +128,17 @@ def _top(plan: Plan, cost: PlanCost, prediction: Prediction | None, measured: Ma
         f"<div class=tiles>"
         f"{''.join(f'<div class=tile><b>{escape(a)}</b><span>{escape(b)}</span></div>' for a, b in tiles)}</div>"
         "</header><nav aria-label=Sections><ul>"
-        + "".join(f"<li><a href='#{key}'>{title}</a></li>" for key, title in _SECTIONS)
+        + "".join(f"<li><a href='#{key}'>{title}</a></li>" for key, title in _SECTIONS if accuracy or key != "accuracy")
         + "</ul></nav>"
     )
+
+
+def _accuracy(found: Sequence[tuple[str, str]]) -> str:
+    if not found:
+        return ""
+    rows = [f"<tr><td>{escape(what)}</td><td>{escape(value)}</td></tr>" for what, value in found]
+    intro = "<p class=soft>On a data set, in the clear, beside the float model.</p>"
+    return _section("accuracy", intro, _table("<th>what</th><th>found</th>", rows, "Accuracy"))
 
 
 # --- who sees what ---
