@@ -57,6 +57,7 @@ class Draft:
     floats: Callable[[Values], Tensor | None] = lambda inputs: None  # what PyTorch itself answers, if it can tell
     usual: float = 0.0  # the largest number that the network answers to what was shown
     searched: bool = False  # whether the scale was chosen here
+    free: bool = False  # and how far polynomials may be off, as the caller has not said
     doubts: tuple[Warning, ...] = ()  # of what the caller has to be warned
     faithful: bool = False  # whether the edges are to be tried out bit for bit, with truncations as they are dealt
     close: tuple[int, ...] = ()  # the probes that are to be tried out with many draws of the truncations

@@ -6,16 +6,19 @@ from dataclasses import replace
 from typing import Any
 
 from tacit.ir.errors import CompileError, PrecisionWarning, RangeWarning
+from tacit.ir.ops.spline import FixedSpline
 from tacit.passes.bound import TooWide, bounded
 from tacit.passes.draft import LEAST_FRAC_BITS, Draft
+from tacit.passes.precision import doubt
 from tacit.passes.quantise import default_error, expand_to_fixed_point, fuse_truncation_into_relu
 from tacit.passes.seen import Looks
-from tacit.passes.trial import PROMISED, misses
+from tacit.passes.trial import CLOSE, PROMISED, answering, misses
 
 # From so many inputs on that somebody chose, measured ranges are no surprise.
 _ENOUGH = 64
 # How far polynomials may be off where finer ones would have too many pieces.
 _COARSEST = 2.0**-8
+_FINEST = 2.0**-16
 
 
 def bound_ranges(draft: Draft) -> Draft:
@@ -26,7 +29,7 @@ def bound_ranges(draft: Draft) -> Draft:
     caller chose does not, but the error says which scale would do.
     """
     try:
-        return bounded(draft)
+        return _fine_enough(bounded(draft))
     except TooWide as error:
         found = _with_fewer(draft, error.excess)
         if found is None:
@@ -70,12 +73,47 @@ def _with_coarser(draft: Draft) -> Draft | None:
 
 def _anew(model: Draft, **changes: Any) -> Draft:
     """Written in fixed point and bounded, with some settings changed."""
-    return bounded(fuse_truncation_into_relu(expand_to_fixed_point(replace(model, **changes, looks=Looks()))))
+    return bounded(fuse_truncation_into_relu(expand_to_fixed_point(replace(model, **{"looks": Looks(), **changes}))))
+
+
+def _fine_enough(draft: Draft) -> Draft:
+    """In a large network, whose scale was told from one trial with functions in the place of polynomials: a few more
+    bits, or polynomials closer to them, where the worst rows need it; or a warning."""
+    model = draft.model
+    if model is None or not model.large or model.close or not draft.searched:
+        return draft
+    if not (model.finer or any(isinstance(node.op, FixedSpline) for node in draft.plan.nodes)):
+        return draft
+    missed = misses(model, written=draft)
+    while missed.max() > CLOSE and (changes := _finer(model)):
+        try:
+            finer = _anew(model, looks=draft.looks, **changes)
+        except CompileError:
+            break
+        assert finer.model is not None
+        again = misses(finer.model, written=finer)
+        if again.max() >= missed.max():
+            break
+        draft, model, missed = finer, finer.model, again
+    if draft.doubts or missed.max() <= PROMISED:
+        return draft
+    row = {label: x[[int(missed.argmax())]] for label, x in model.probes.items()}
+    told = doubt(answering(model), row, int((missed > PROMISED).sum()), len(missed), approximated=True)
+    return replace(draft, doubts=(*draft.doubts, PrecisionWarning(told)))
+
+
+def _finer(model: Draft) -> dict[str, Any]:
+    """What has to change for the answers to become more accurate; nothing where that is all that can be done."""
+    frac = model.frac_bits or 0
+    if misses(model).max() > CLOSE:
+        return {"frac_bits": frac + 1} if frac < model.most else {}
+    error = (default_error(frac) if model.max_error is None else model.max_error) / 4
+    return {"max_error": error} if model.free and error >= _FINEST else {}
 
 
 def _with_doubt(draft: Draft) -> Draft:
     assert draft.model is not None
-    missed = misses(draft.model, approximated=True) > PROMISED
+    missed = misses(draft.model, written=draft) > PROMISED
     if not bool(missed.any()):
         return draft
     error = default_error(draft.frac_bits or 0) if draft.max_error is None else draft.max_error

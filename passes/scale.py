@@ -58,7 +58,9 @@ def choose_scale(draft: Draft) -> Draft:
     """
     if draft.frac_bits is not None:
         return draft
-    draft = replace(draft, searched=True, usual=usual_size(draft), faithful=edges_are_amplified(draft))
+    draft = replace(
+        draft, searched=True, free=draft.max_error is None, usual=usual_size(draft), faithful=edges_are_amplified(draft)
+    )
     unknown = unsure(draft)
     left, draft = chosen(draft.edges, unknown), _without(draft, unknown)
     jumps = any(isinstance(node.op, ModelOp) and node.op.jumps() for node in answering(draft).plan.nodes)
@@ -71,28 +73,29 @@ def choose_scale(draft: Draft) -> Draft:
             draft, trial, left = _without_hopeless(draft, trial, tried, left)
     least = _extrapolated(trial, tried, jumps)
     draft = replace(draft, close=close_rows(draft)) if jumps else _worst(draft, trial)
-    free = draft.max_error is None
     if not (jumps or draft.faithful or least > draft.most):
-        draft, found = _confirmed(draft, max(least, min(_LEAST_FRAC, draft.most)), tried, free)
-        return _warned(draft, found, left, approximated=free and not draft.large)
+        draft, found = _confirmed(draft, max(least, min(_LEAST_FRAC, draft.most)), tried)
+        return _warned(draft, found, left, approximated=draft.free and not draft.large)
     # Rows that nobody showed come as close to a step, or closer: no fewer bits than those of the trial, where they fit.
     least = max(least, _TRIAL_FRAC if jumps else _LEAST_FRAC)
-    draft, found, left = _tried(draft, min(least, draft.most), jumps, free, left)
+    draft, found, left = _tried(draft, min(least, draft.most), jumps, left)
     found[count(draft.probes) :][torch.tensor([kind != "blank" for kind in draft.kinds], dtype=torch.bool)] /= (
         _FAINT_ALLOWED
     )
-    draft = _warned(draft, found, left, approximated=free and (jumps or not draft.large))
+    draft = _warned(draft, found, left, approximated=draft.free and (jumps or not draft.large))
     return replace(draft, edges={}, kinds=()) if draft.large else draft
 
 
-def _confirmed(draft: Draft, least: int, tried: int, free: bool) -> tuple[Draft, Tensor]:
+def _confirmed(draft: Draft, least: int, tried: int) -> tuple[Draft, Tensor]:
     """With the bits that a trial told, or a few more; and by how much the probes miss then. Nothing is particular
-    about the edges. tried, free: as in `choose_scale` and `_tried`."""
+    about the edges. tried: as in `choose_scale`. A large network is looked at once more with its ranges."""
     draft = _at(replace(draft, edges={}, kinds=()), least)
+    if draft.large:
+        return draft, torch.zeros(count(draft.probes))
     while draft.finer and (draft.frac_bits or 0) < tried and misses(draft).max() > CLOSE:
         # Lines with bits of their own were not truncated beside those of the trial, but are beside fewer.
         draft = _at(draft, (draft.frac_bits or 0) + 1)
-    if not free or draft.large:
+    if not draft.free:
         return draft, torch.zeros(count(draft.probes))
     # What polynomials are off grows like rounding, where a layer multiplies it.
     found = misses(draft, approximated=True)
@@ -110,23 +113,23 @@ def _warned(draft: Draft, found: Tensor, left: Values, *, approximated: bool) ->
     return replace(draft, doubts=(*draft.doubts, PrecisionWarning(told)))
 
 
-def _tried(draft: Draft, least: int, jumps: bool, free: bool, left: Values) -> tuple[Draft, Tensor, Values]:
+def _tried(draft: Draft, least: int, jumps: bool, left: Values) -> tuple[Draft, Tensor, Values]:
     """From so many bits on: the first with which no probe misses by much; and by how much the probes miss then.
 
-    jumps: rows that are close to a step also have to keep to their side with a few bits less. free: the caller has not
-    said how far polynomials may be off, so that what they are off counts as well. left: edges that no scale helps, to
-    which others may be added.
+    jumps: rows that are close to a step also have to keep to their side with a few bits less. What polynomials are off
+    counts as well, unless the caller has said how far they may be. left: edges that no scale helps, to which others may
+    be added.
     """
-    if free and not jumps:  # what edges ask for is finer rounding; finer polynomials where these are not enough
+    if draft.free and not jumps:  # what edges ask for is finer rounding; finer polynomials where these are not enough
         draft = replace(draft, max_error=default_error(least))
-    frac, found = least, misses(_at(draft, least), approximated=free and jumps)
+    frac, found = least, misses(_at(draft, least), approximated=draft.free and jumps)
     if not jumps:
         draft, found, left = _without_hopeless(draft, found, frac, left)
-    while frac < draft.most and (found.max() > CLOSE or (jumps and not _spared(draft, frac, free))):
+    while frac < draft.most and (found.max() > CLOSE or (jumps and not _spared(draft, frac))):
         frac = min(frac + (2 if found.max() > 2 * CLOSE else 1), draft.most)
-        found = _again(_at(draft, frac), found, approximated=free and jumps)
+        found = _again(_at(draft, frac), found, approximated=draft.free and jumps)
     draft = _at(draft, frac)
-    if not free or draft.large:
+    if not draft.free or draft.large:
         return draft, found, left
     if jumps:
         return *(_with_finer(draft, found) if found.max() > CLOSE else (draft, found)), left
@@ -167,10 +170,10 @@ def _with_finer(draft: Draft, found: Tensor) -> tuple[Draft, Tensor]:
     return draft, found
 
 
-def _spared(draft: Draft, frac: int, free: bool) -> bool:
+def _spared(draft: Draft, frac: int) -> bool:
     """Whether no value jumps with a few bits less either: rounding, which is drawn anew in each run, is then a
     fraction of what would make it jump."""
-    return bool(misses(_at(draft, frac - _SPARE), approximated=free).max() <= CLOSE * 2**_SPARE)
+    return bool(misses(_at(draft, frac - _SPARE), approximated=draft.free).max() <= CLOSE * 2**_SPARE)
 
 
 def _without(draft: Draft, edges: Tensor) -> Draft:

@@ -34,13 +34,14 @@ _CLOSE_ROWS, DRAWS, _BATCHES = 16, 16, 4
 _SENSITIVE = 4.0
 
 
-def misses(draft: Draft, *, approximated: bool = False) -> Tensor:
+def misses(draft: Draft, *, approximated: bool = False, written: Draft | None = None) -> Tensor:
     """For a draft of the model level with its scale: each probe's error, in units of what is wanted; edges last.
 
-    approximated: with the polynomials that stand for functions, where ranges can be found for them.
+    approximated: with the polynomials that stand for functions, where ranges can be found for them. written: the same
+    draft in fixed point, if there is one already.
     """
     real = answering(draft)
-    fixed = in_fixed_point(real, approximated)
+    fixed = in_fixed_point(real, approximated) if written is None else _up_to(written, real.plan.result)
     chance = 0 if draft.close else None
     error, size = _errors(real, fixed, draft.probes, seed=chance)
     usual = draft.usual or float(size.max())
@@ -89,6 +90,12 @@ def _draw_again(draft: Draft, real: Draft, fixed: Draft, error: Tensor) -> None:
     for seed in range(1, max(2, min(DRAWS, _BATCHES * draft.affordable // len(rows)))):
         found, _ = _errors(real, fixed, chosen(draft.probes, rows), seed=seed)
         error[rows] = torch.maximum(error[rows], found)
+
+
+def _up_to(fixed: Draft, name: str) -> Draft:
+    """A draft in fixed point up to the value of this line of the model level."""
+    lines = [node.name for node in fixed.plan.nodes if node.origin == name]
+    return fixed.with_(_ending_at(fixed.plan, lines[-1]))
 
 
 def in_fixed_point(draft: Draft, approximated: bool, *, fused: bool = True) -> Draft:
