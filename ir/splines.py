@@ -9,8 +9,9 @@ number of low bits that the comparison with the knots leaves out are those that 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 
@@ -29,6 +30,8 @@ Tensor = torch.Tensor
 Floats = NDArray[np.float64]
 Function = Callable[[Floats], Floats]
 MOST_DEGREE, _MOST_KNOTS = 3, 800
+# As many segments are found quickly.
+_FEW = 40
 # Results of the polynomial stay below 2^61, where a truncation still works.
 _RESULT_BITS = 60
 # Where errors are looked at, dense towards both ends: a quick look, and another for what passes it.
@@ -228,14 +231,17 @@ def _fit(
     fitter = _Fitter(function, low, high, scale, error, relative, marks)
     best: Spline | None = None
     for degree in range(MOST_DEGREE, 0, -1):  # the most likely first: it limits what the others may take
-        fewest = 0
+        grids = window - 1, *(c for c in _COMPARED if c < window - 1)
         # All bits first: knots anywhere, so that none of the coarser ones needs fewer.
-        for compared in (window - 1, *(c for c in _COMPARED if c < window - 1)):
-            most = _MOST_KNOTS if best is None else _affordable(best, degree, window, compared)
+        fewest = -1
+        for compared in grids:
+            most = _affordable(best, degree, window, compared)
+            if compared == grids[0] and (limit := max(_affordable(best, degree, window, c) for c in grids)) <= _FEW:
+                most = limit  # where that is not enough, it is not on any other grid
             found = fitter.run(degree, window - 1 - compared, most) if most >= fewest else None
+            fewest = max(fewest, most + 1 if found is None else len(found.knots)) if fewest < 0 else fewest
             if found is None:
                 continue
-            fewest = fewest or len(found.knots)
             if best is None or found.bytes_of_element(window) < best.bytes_of_element(window):
                 best = found
     return best
@@ -246,11 +252,20 @@ def _within(values: Floats, least: float, most: float) -> Floats:
     return np.minimum(np.maximum(values, least), most)
 
 
-def _affordable(best: Spline, degree: int, window: int, compared: int) -> int:
+def _affordable(best: Spline | None, degree: int, window: int, compared: int) -> int:
     """How many knots of this degree would still be cheaper."""
+    if best is None:
+        return _MOST_KNOTS
     digits, budget = Digits(compared), best.bytes_of_element(window)
     free = _cost(0, degree, digits)
     return min(_MOST_KNOTS, max(0, math.floor((budget - free) / (_cost(1, degree, digits) - free))))
+
+
+def _reach(ends: Sequence[int], start: int) -> int:
+    """How far a segment from here gets, where others got from one of these ends to the next."""
+    i = max(bisect_right(ends, start) - 1, 0)
+    begin, end, after = ends[i], ends[min(i + 1, len(ends) - 1)], ends[min(i + 2, len(ends) - 1)]
+    return end + (after - end) * (start - begin) // max(1, end - begin)
 
 
 @dataclass(frozen=True)
@@ -264,6 +279,8 @@ class _Fitter:
     error: float
     relative: bool
     marks: Floats  # places around 0 that are looked at beside those in proportion to a segment
+    # Of each degree, where segments of any length ended: a coarser grid has its own close to them.
+    reached: dict[int, list[int]] = field(default_factory=dict)
 
     def run(self, degree: int, drop: int, most: int) -> Spline | None:
         """From left to right, every segment as long as it can be; None beyond so many knots."""
@@ -271,28 +288,35 @@ class _Fitter:
         knots: list[int] = []
         rows: list[tuple[int, ...]] = []
         guess = max(1, (self.high - self.low) // step // 4)
+        ends, before = self.reached.get(degree), guess
         while True:
             whole = self.polynomial(start, self.high + 1, degree, step if knots else 0)
             if whole is not None:
                 rows.append(whole)
+                self.reached.setdefault(degree, [self.low, *knots, self.high + 1])
                 return Spline(
                     self.low, self.high, tuple(knots), tuple(a for row in rows for a in row), drop, self.scale
                 )
             if len(knots) == most:
                 return None
             first = start // step
-            found = self._longest(start, first, guess, degree, step, bool(knots))
+            if ends is not None:
+                guess = max(1, _reach(ends, start) // step - first)
+            close = ends is not None or len(knots) > 1
+            found = self._longest(start, first, guess, degree, step, inner=bool(knots), close=close)
             if found is None:
                 return None
             length, row = found
             rows.append(row)
-            guess, start = length, (first + length) * step
+            # Over many octaves, each segment is longer than the one before by about the same factor.
+            guess, before = (length * min(2 * before, length) // before if knots else length), length
+            start = (first + length) * step
             knots.append(start)
 
     def _longest(
-        self, start: int, first: int, guess: int, degree: int, step: int, inner: bool
+        self, start: int, first: int, guess: int, degree: int, step: int, *, inner: bool, close: bool
     ) -> tuple[int, tuple[int, ...]] | None:
-        """The largest number of steps that one polynomial covers, to a 64th; around a guess."""
+        """The largest number of steps that one polynomial covers, to a 64th; around a guess, which may be close."""
         most = -(-self.high // step) - 1 - first
 
         def attempt(length: int) -> tuple[int, ...] | None:
@@ -302,16 +326,22 @@ class _Fitter:
 
         good, bad, best = 0, most + 1, None
         trial = min(max(guess, 1), most)
-        while trial > good and trial < bad:
+        aside = trial // 32 + 1 if close else trial
+        while good < trial < bad:
             row = attempt(trial)
             if row is None:
-                bad, trial = trial, max(good + 1, trial // 2) if good == 0 else (good + trial) // 2
+                bad = trial
             else:
                 good, best = trial, row
-                trial = min(2 * trial, (good + bad) // 2) if bad <= most else 2 * trial
-                trial = min(trial, most)
             if good and bad - good <= max(1, good // 64):
                 break
+            if good and bad <= most:
+                trial = min(2 * good, (good + bad) // 2)
+            elif good:
+                trial = min(good + aside, most)
+            else:
+                trial = max(1, bad - aside if close and bad > aside else bad // 2)
+            aside *= 2
         return None if best is None else (good, best)
 
     def polynomial(self, begin: int, end: int, degree: int, room: int) -> tuple[int, ...] | None:

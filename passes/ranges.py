@@ -87,7 +87,7 @@ def _fine_enough(draft: Draft) -> Draft:
     missed = misses(model, written=draft)
     while missed.max() > CLOSE and (changes := _finer(model)):
         try:
-            finer = _anew(model, looks=draft.looks, **changes)
+            finer = _anew(model, looks=draft.looks, ranges=draft.ranges, **changes)
         except CompileError:
             break
         assert finer.model is not None
