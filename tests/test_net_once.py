@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -53,21 +54,21 @@ def test_a_ledger_that_is_written_after_the_use_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
 ) -> None:
     consume, run = Ledger.consume, Engine._run
-    later: dict[int, Any] = {}
-
-    def put_off(ledger: Ledger, *line: Any) -> None:
-        later[id(ledger)] = line
+    later: list[Any] = []  # of one party; the next request may come before it has written the last
 
     def run_then_write(engine: Engine, *work: Any) -> None:
         if engine.rank != rank:
             return run(engine, *work)
         ledger = engine.store.ledger
-        monkeypatch.setattr(ledger, "consume", lambda *line: put_off(ledger, *line), raising=False)
+        monkeypatch.setattr(ledger, "consume", lambda *line: later.append(line), raising=False)
         run(engine, *work)
-        consume(ledger, *later.pop(id(ledger)))
+        consume(ledger, *later.pop(0))
 
     monkeypatch.setattr(Engine, "_run", run_then_write)
     trio = asked(tmp_path)
+    deadline = time.monotonic() + 10
+    while len(trio.ledger(f"P{rank}")) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert len(trio.ledger("P0")) == len(trio.ledger("P1")) == len(trio.ledger("P2")) == 3
     with pytest.raises(AssertionError, match=f"P{rank} sent before its ledger had the batch"):
         trio.assert_nothing_used_twice()
