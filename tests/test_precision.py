@@ -341,3 +341,15 @@ def test_the_margin_of_an_op_that_jumps_is_the_distance_to_where_it_does(op: typ
         before = sample.op.reference(None, *operands)
         moved = [operands[0] + least / 4 * torch.randn_like(operands[0]).clamp(-1, 1), *operands[1:]]
         assert torch.equal(before, sample.op.reference(None, *moved))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_polynomials_are_close_enough_in_large_networks_too(wide: bool) -> None:
+    """What a polynomial is off may be eight times the rounding, and a factor multiplies both. `wide`: more values than are tried out again and again."""
+    model = Model(lambda m, x: 16 * torch.tanh(x)[:, :256]).eval()
+    x = random(2, 600_000 if wide else 256)
+    with doubts() as found:
+        secure = tacit.compile(model, x, input_range=(-4, 4))
+    assert not found
+    others = random(4, x.shape[1], seed=5) * 4
+    assert error(secure, model, others) < promised(model, others)
