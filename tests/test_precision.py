@@ -345,7 +345,10 @@ def test_the_margin_of_an_op_that_jumps_is_the_distance_to_where_it_does(op: typ
 
 @pytest.mark.parametrize("wide", [False, True])
 def test_polynomials_are_close_enough_in_large_networks_too(wide: bool) -> None:
-    """What a polynomial is off may be eight times the rounding, and a factor multiplies both. `wide`: more values than are tried out again and again."""
+    """What a polynomial is off may be eight times the rounding, and a factor multiplies both.
+
+    wide: with more values than networks have that are tried out again and again.
+    """
     model = Model(lambda m, x: 16 * torch.tanh(x)[:, :256]).eval()
     x = random(2, 600_000 if wide else 256)
     with doubts() as found:
