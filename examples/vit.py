@@ -48,7 +48,7 @@ def main() -> None:
     with torch.no_grad():
         plain = model(images).argmax(1)
     print(f"right {int((classes == labels).sum())}/{IMAGES}, as in plaintext {int((classes == plain).sum())}/{IMAGES}")
-    # Calibrated ranges are twice what the training images showed: for these images, nothing went beyond them.
+    # A range that was measured has room for several times what the training images showed.
     secure.reference(images, check=True)
     print("no value left the range that the plan states for it")
 

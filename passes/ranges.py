@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -85,7 +86,7 @@ def _fine_enough(draft: Draft) -> Draft:
     if not (model.finer or any(isinstance(node.op, FixedSpline) for node in draft.plan.nodes)):
         return draft
     missed = misses(model, written=draft)
-    while missed.max() > CLOSE and (changes := _finer(model)):
+    while missed.max() > CLOSE and (changes := _finer(model, float(missed.max()))):
         try:
             finer = _anew(model, looks=draft.looks, ranges=draft.ranges, **changes)
         except CompileError:
@@ -102,12 +103,14 @@ def _fine_enough(draft: Draft) -> Draft:
     return replace(draft, doubts=(*draft.doubts, PrecisionWarning(told)))
 
 
-def _finer(model: Draft) -> dict[str, Any]:
-    """What has to change for the answers to become more accurate; nothing where that is all that can be done."""
+def _finer(model: Draft, missed: float) -> dict[str, Any]:
+    """What has to change for the answers to become as close as is wanted, which they miss by so much; nothing where that
+    is all that can be done."""
     frac = model.frac_bits or 0
     if misses(model).max() > CLOSE:
         return {"frac_bits": frac + 1} if frac < model.most else {}
-    error = (default_error(frac) if model.max_error is None else model.max_error) / 4
+    error = default_error(frac) if model.max_error is None else model.max_error
+    error /= 2.0 ** math.ceil(math.log2(missed / CLOSE))
     return {"max_error": error} if model.free and error >= _FINEST else {}
 
 
