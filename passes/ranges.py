@@ -104,8 +104,8 @@ def _fine_enough(draft: Draft) -> Draft:
 
 
 def _finer(model: Draft, missed: float) -> dict[str, Any]:
-    """What has to change for the answers to become as close as is wanted, which they miss by so much; nothing where that
-    is all that can be done."""
+    """What has to change for the answers to become close enough, by as much as that is missed; nothing where no change
+    is left that could help."""
     frac = model.frac_bits or 0
     if misses(model).max() > CLOSE:
         return {"frac_bits": frac + 1} if frac < model.most else {}
