@@ -91,9 +91,8 @@ class Spline:
 
     def at(self, x: Tensor, offset: Tensor) -> Tensor:
         """The ring integers at scale `scale`, where floor((x + offset) / 2^drop) chooses the segment; modulo 2^64."""
-        knots = torch.tensor([knot >> self.drop for knot in self.knots], dtype=torch.int64)
+        knots, rows = _tables(self)
         segment = torch.bucketize((x + offset) >> self.drop, knots, right=True)
-        rows = torch.tensor([[wrapped(a) for a in row] for row in self.powers_of_x()], dtype=torch.int64)
         out = rows[segment, -1]
         for j in range(self.degree - 1, -1, -1):
             out = out * x + rows[segment, j]
@@ -148,6 +147,13 @@ def _column(values: Iterable[float]) -> Tensor:
 def _powers(rows: Tensor, x: Tensor) -> Tensor:
     """The polynomials with these coefficients, of powers of x from the lowest."""
     return sum((row * x**j for j, row in enumerate(rows)), torch.zeros_like(x))
+
+
+@lru_cache(maxsize=512)
+def _tables(spline: Spline) -> tuple[Tensor, Tensor]:
+    """The knots in steps of the comparison, and for each segment the coefficients of powers of X."""
+    knots = torch.tensor([knot >> spline.drop for knot in spline.knots], dtype=torch.int64)
+    return knots, torch.tensor([[wrapped(a) for a in row] for row in spline.powers_of_x()], dtype=torch.int64)
 
 
 @lru_cache(maxsize=1 << 16)
