@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 from torch.export import ExportedProgram
 
 from tacit.arguments import arguments_of
+from tacit.fit import require_fit
 from tacit.ir.errors import CompileError, InputError
 from tacit.ir.given import shown
 from tacit.ir.plan import Node, Plan
+from tacit.passes.draft import elements
 from tacit.passes.trial import PROMISED, wanted_of
 from tacit.runtime.overflow import RangeWatch
 from tacit.runtime.reference import interpret
@@ -103,23 +106,31 @@ def _listed(rows: Sequence[int]) -> str:
     return f"{len(rows):,}: row {', '.join(map(str, rows[:_NAMED_ROWS]))}{more}"
 
 
+@contextmanager
+def _as_input() -> Iterator[None]:
+    """What the compiler would refuse is an input that does not fit here."""
+    try:
+        yield
+    except CompileError as error:
+        raise InputError(str(error)) from None
+
+
 class FloatModel:
     """What was compiled, as PyTorch runs it."""
 
     def __init__(self, model: Any) -> None:
         if not isinstance(model, (torch.nn.Module, ExportedProgram)):
             raise InputError(f"model has to be the module or ExportedProgram that was compiled, not {shown(model)}")
-        if isinstance(model, torch.nn.Module) and any(module.training for module in model.modules()):
-            raise InputError("the model is in training mode: call model.eval() first")
+        if isinstance(model, torch.nn.Module):
+            with _as_input():
+                require_fit(model)
         self._model = model
         self._run: Any = model.module() if isinstance(model, ExportedProgram) else model
 
     def arguments(self, x: Any, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """By position and by name."""
-        try:
+        with _as_input():
             found = arguments_of(self._model, x, kwargs)
-        except CompileError as error:
-            raise InputError(str(error)) from None
         return found.args, dict(found.kwargs)
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -129,8 +140,7 @@ class FloatModel:
 
 def parts(plan: Plan, rows: int) -> Iterator[slice]:
     """The rows in batches that are affordable."""
-    elements = sum(node.type.at(1).numel for node in plan.nodes if node.type.batched)
-    size = max(1, _ELEMENTS // max(1, elements))
+    size = max(1, _ELEMENTS // max(1, elements(plan)))
     return (slice(begin, min(rows, begin + size)) for begin in range(0, rows, size))
 
 

@@ -92,7 +92,7 @@ def intervals(draft: Draft, seen: Mapping[str, Seen] | None = None) -> Iterator[
     plan, seen = draft.plan, seen or {}
     last = {arg: node.name for node in plan.nodes for arg in node.args}
     known: dict[str, Interval] = {}
-    forms = Forms(plan, draft.weights)
+    forms = Forms(plan)
     for node in plan.nodes:
         operands = tuple(_operand(plan, arg, draft.weights, known) for arg in node.args)
         if isinstance(node.op, FixedFunction):
@@ -101,7 +101,7 @@ def intervals(draft: Draft, seen: Mapping[str, Seen] | None = None) -> Iterator[
                 yield narrower
                 operands = (narrower.interval,)
         interval = _claimed(plan, node, _interval(node, draft.weights, operands))
-        found = Bounded(node, forms.narrowed(node, interval), operands)
+        found = Bounded(node, forms.narrowed(node, interval, operands), operands)
         if node.name in seen:
             found = _measured(draft, found, seen[node.name])
         if not isinstance(node.op, Weight):  # as float64 they would take twice the memory of the model

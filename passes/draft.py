@@ -103,15 +103,15 @@ class Draft:
     @property
     def affordable(self) -> int:
         """How many inputs may go through the network at once: memory and time stay in proportion to the model."""
-        return max(1, _ELEMENTS // max(_elements(self.plan), 1))
+        return max(1, _ELEMENTS // max(elements(self.plan), 1))
 
 
 def is_large(plan: Plan) -> bool:
     """Whether each input takes a while."""
-    return _elements(plan) > _LARGE
+    return elements(plan) > _LARGE
 
 
-def _elements(plan: Plan) -> int:
+def elements(plan: Plan) -> int:
     """Values that one input has in the network."""
     return sum(node.type.at(1).numel for node in plan.nodes if node.type.batched)
 

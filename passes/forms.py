@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
@@ -14,7 +15,6 @@ from tacit.ir.ops.roles import Weight
 from tacit.ir.plan import Node, Plan
 from tacit.ir.ranges import Interval
 from tacit.ir.types import dim_at
-from tacit.passes.draft import Values
 
 Tensor = torch.Tensor
 # Multiply-adds that all forms of a network may take, and numbers that one of them may have.
@@ -30,8 +30,8 @@ class Forms:
     convolutional network.
     """
 
-    def __init__(self, plan: Plan, weights: Values) -> None:
-        self._plan, self._weights = plan, weights
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
         self._forms: dict[str, Form] = {}
         self._unknowns, self._left = 0, _CHEAP
         backwards = list(reversed(plan.nodes))
@@ -39,11 +39,11 @@ class Forms:
         sizes = accumulate((n.type.at(1).numel if n.type.batched else 0 for n in backwards), max)
         self._size = dict(zip((n.name for n in backwards), sizes, strict=True))
 
-    def narrowed(self, node: Node, interval: Interval) -> Interval:
-        """The interval of a line, made narrower by its form."""
+    def narrowed(self, node: Node, interval: Interval, operands: Sequence[Interval]) -> Interval:
+        """The interval of a line, made narrower by its form; operands: those of what it reads, exact for constants."""
         if not node.type.batched or dim_at(node.type.shape[0], 1) != 1:
             return interval
-        form = self._of(node)
+        form = self._of(node, operands)
         if form is not None:
             form = form.within(interval)
         if not isinstance(node.op, _EXACT) and self._affords(node):
@@ -59,16 +59,14 @@ class Forms:
     def forget(self, name: str) -> None:
         self._forms.pop(name, None)
 
-    def _of(self, node: Node) -> Form | None:
-        if not any(arg in self._forms for arg in node.args):
-            return None
-        operands = []
-        for arg in node.args:
-            op = self._plan.node(arg).op
-            if not isinstance(op, Weight) and arg not in self._forms:
+    def _of(self, node: Node, operands: Sequence[Interval]) -> Form | None:
+        known: list[Form | Tensor] = []
+        for arg, interval in zip(node.args, operands, strict=True):
+            constant = isinstance(self._plan.node(arg).op, Weight)
+            if not constant and arg not in self._forms:
                 return None
-            operands.append(self._weights[op.label].double() if isinstance(op, Weight) else self._forms[arg])
-        found: Form | None = node.op.form(*operands)
+            known.append(interval.low if constant else self._forms[arg])
+        found: Form | None = node.op.form(*known)
         return found
 
     def _affords(self, node: Node) -> bool:

@@ -10,10 +10,10 @@ from tacit.ir.errors import CompileError, PrecisionWarning, RangeWarning
 from tacit.ir.ops.spline import FixedSpline
 from tacit.passes.bound import TooWide, bounded
 from tacit.passes.draft import LEAST_FRAC_BITS, Draft
-from tacit.passes.precision import doubt
 from tacit.passes.quantise import default_error, expand_to_fixed_point, fuse_truncation_into_relu
+from tacit.passes.scale import warned
 from tacit.passes.seen import Looks
-from tacit.passes.trial import CLOSE, PROMISED, answering, misses
+from tacit.passes.trial import CLOSE, PROMISED, misses
 
 # From so many inputs on that somebody chose, measured ranges are no surprise.
 _ENOUGH = 64
@@ -30,7 +30,7 @@ def bound_ranges(draft: Draft) -> Draft:
     caller chose does not, but the error says which scale would do.
     """
     try:
-        return _fine_enough(bounded(draft))
+        fitting = bounded(draft)
     except TooWide as error:
         found = _with_fewer(draft, error.excess)
         if found is None:
@@ -41,6 +41,8 @@ def bound_ranges(draft: Draft) -> Draft:
         found = _with_coarser(draft) if draft.searched else None
         if found is None:
             raise
+    else:
+        return _fine_enough(fitting)
     return _with_doubt(found)
 
 
@@ -96,11 +98,7 @@ def _fine_enough(draft: Draft) -> Draft:
         if again.max() >= missed.max():
             break
         draft, model, missed = finer, finer.model, again
-    if draft.doubts or missed.max() <= PROMISED:
-        return draft
-    row = {label: x[[int(missed.argmax())]] for label, x in model.probes.items()}
-    told = doubt(answering(model), row, int((missed > PROMISED).sum()), len(missed), approximated=True)
-    return replace(draft, doubts=(*draft.doubts, PrecisionWarning(told)))
+    return draft if draft.doubts else replace(draft, doubts=warned(model, missed, {}, approximated=True).doubts)
 
 
 def _finer(model: Draft, missed: float) -> dict[str, Any]:

@@ -75,14 +75,14 @@ def choose_scale(draft: Draft) -> Draft:
     draft = replace(draft, close=close_rows(draft)) if jumps else _worst(draft, trial)
     if not (jumps or draft.faithful or least > draft.most):
         draft, found = _confirmed(draft, max(least, min(_LEAST_FRAC, draft.most)), tried)
-        return _warned(draft, found, left, approximated=draft.free and not draft.large)
+        return warned(draft, found, left, approximated=draft.free and not draft.large)
     # Rows that nobody showed come as close to a step, or closer: no fewer bits than those of the trial, where they fit.
     least = max(least, _TRIAL_FRAC if jumps else _LEAST_FRAC)
     draft, found, left = _tried(draft, min(least, draft.most), jumps, left)
     found[count(draft.probes) :][torch.tensor([kind != "blank" for kind in draft.kinds], dtype=torch.bool)] /= (
         _FAINT_ALLOWED
     )
-    draft = _warned(draft, found, left, approximated=draft.free and (jumps or not draft.large))
+    draft = warned(draft, found, left, approximated=draft.free and (jumps or not draft.large))
     return replace(draft, edges={}, kinds=()) if draft.large else draft
 
 
@@ -102,7 +102,7 @@ def _confirmed(draft: Draft, least: int, tried: int) -> tuple[Draft, Tensor]:
     return _with_finer(draft, found) if found.max() > CLOSE else (draft, found)
 
 
-def _warned(draft: Draft, found: Tensor, left: Values, *, approximated: bool) -> Draft:
+def warned(draft: Draft, found: Tensor, left: Values, *, approximated: bool) -> Draft:
     """With a warning where a probe misses the promise; `left` are edges that do, with any scale. approximated: whether
     that was seen with polynomials in the place of functions."""
     missed = count(left) + int((found > PROMISED).sum())

@@ -196,9 +196,10 @@ def most_frac_bits(draft: Draft, tried: int) -> int:
     )
     most, again = MOST_FRAC_BITS, _counted(fine)
     dividing = {n.name for n in draft.plan.nodes if isinstance(n.op, ModelOp) and n.op.amplifies()}
+    counting = largest.keys() - dividing
     for key, node in _counted(coarse).items():
         grown = again[key].type.frac - node.type.frac if key in again else 0
-        if node.origin in largest.keys() - dividing and node.type.batched and grown > 0:
+        if node.origin in counting and node.type.batched and grown > 0:
             width = math.log2(max(largest[node.origin] * draft.margin[0], 1.0)) + node.type.frac + 1
             most = min(most, math.floor(tried + (WIDEST_MEASURED - width) / grown))
     return max(LEAST_FRAC_BITS, most)

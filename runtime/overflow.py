@@ -57,7 +57,7 @@ def magnitude(node: Node, values: Mapping[str, Tensor]) -> Tensor:
 
 class RangeWatch:
     """A visitor of `interpret`: tells of each line with a value outside its range, and how many times as large as it
-    may be each of its values is."""
+    may be each of its values is: more than 1, where it is outside."""
 
     def __init__(self, plan: Plan, tell: Callable[[Node, Tensor], None]) -> None:
         self._tell = tell
@@ -68,8 +68,8 @@ class RangeWatch:
         self._values[node.name] = value
         # Of a value as wide as the ring nothing is claimed.
         if node.type.kind == "secret" and not isinstance(node.op, (Mask, Weight)) and node.type.width < RING_BITS:
-            size = magnitude(node, self._values) / limit(node)
-            if bool((size > _ROUNDING).any()):
+            size = magnitude(node, self._values) / (limit(node) * _ROUNDING)
+            if bool((size > 1).any()):
                 self._tell(node, size)
         for arg in set(node.args):
             self._uses[arg] -= 1
@@ -83,7 +83,7 @@ def interpret_checked(plan: Plan, weights: Values, inputs: Values) -> dict[str, 
     """As `reference.interpret`, for the result; raises RangeError at the first line with a value outside its range."""
 
     def tell(node: Node, size: Tensor) -> None:
-        raise RangeError(_told(plan, node, int((size > _ROUNDING).sum()), size.numel()))
+        raise RangeError(_told(plan, node, int((size > 1).sum()), size.numel()))
 
     return interpret(plan, weights, inputs, visit=RangeWatch(plan, tell))
 

@@ -96,7 +96,7 @@ def widest(draft: Draft) -> float:
 def plain(draft: Draft, monkeypatch: pytest.MonkeyPatch) -> float:
     """As `widest`, by intervals alone."""
     with monkeypatch.context() as patch:
-        patch.setattr(Forms, "narrowed", lambda self, node, interval: interval)
+        patch.setattr(Forms, "narrowed", lambda self, node, interval, operands: interval)
         return widest(draft)
 
 
@@ -154,8 +154,8 @@ def test_they_are_as_many_as_that_is_cheap(monkeypatch: pytest.MonkeyPatch) -> N
     counts: dict[str, int] = {}
     narrowed = Forms.narrowed
 
-    def counted(self: Forms, node: Any, interval: Interval) -> Interval:
-        found = narrowed(self, node, interval)
+    def counted(self: Forms, node: Any, interval: Interval, operands: Any) -> Interval:
+        found = narrowed(self, node, interval, operands)
         counts[node.op.name] = self._unknowns
         return found
 
