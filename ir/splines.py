@@ -360,21 +360,25 @@ class _Fitter:
             if d > 1 and d * math.log2(max(half, 1.0)) > self.scale + 8:
                 continue
             nodes = _within(centre + half * _POINTS[d], left, right)
-            fitted = _POWERS[d] @ self.function(nodes + origin)
             quick = _within(np.rint(centre + half * _QUICK), left, right)
-            if not self._accurate(fitted, (quick - centre) / half, centre + origin, half):
+            # A call of a function costs as much for one number as for a hundred.
+            exact = self.function(np.concatenate([nodes, quick]) + origin)
+            fitted, exact = _POWERS[d] @ exact[: len(nodes)], exact[len(nodes) :]
+            if not self._accurate(fitted, (quick - centre) / half, exact):
                 return None
             row = self._integers(fitted, centre, half)
             rounded = np.array(row, dtype=np.float64) / 2.0**self.scale
+            if not self._accurate(rounded, quick, exact):
+                continue
             first, last = np.searchsorted(self.marks, (left + origin, right + origin + 1))
-            dense = _within(np.rint(centre + half * _DENSE), left, right), self.marks[first:last] - origin
-            if all(self._accurate(rounded, places, origin) for places in (quick, *dense) if len(places)):
+            dense = _within(np.rint(centre + half * _DENSE), left, right)
+            places = np.concatenate([dense, self.marks[first:last] - origin])
+            if self._accurate(rounded, places, self.function(places + origin)):
                 return (*row, *(0,) * (degree - len(row) + 1))
         return None
 
-    def _accurate(self, row: Floats, places: Floats, origin: float, unit: float = 1.0) -> bool:
-        """Of a polynomial in (X - origin) / unit, at some places of that."""
-        exact = self.function(_within(places * unit + origin, self.low, self.high))
+    def _accurate(self, row: Floats, places: Floats, exact: Floats) -> bool:
+        """Whether a polynomial, at some places, is close enough to what the function is there."""
         size = np.abs(exact)
         allowed = self.error * (size if self.relative else np.maximum(size, 1.0))
         found = row[-1]

@@ -92,9 +92,9 @@ class Draft:
 
     def chunks(self, inputs: Values) -> Iterator[Values]:
         """The inputs in batches that are affordable."""
-        rows = len(next(iter(inputs.values()))) if inputs else 0
-        for i in range(0, rows, self.affordable):
-            yield {label: x[i : i + self.affordable] for label, x in inputs.items()}
+        rows, size = len(next(iter(inputs.values()))) if inputs else 0, self.affordable
+        for i in range(0, rows, size):
+            yield {label: x[i : i + size] for label, x in inputs.items()}
 
     @property
     def large(self) -> bool:
