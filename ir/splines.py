@@ -362,7 +362,7 @@ class _Fitter:
             nodes = _within(centre + half * _POINTS[d], left, right)
             quick = _within(np.rint(centre + half * _QUICK), left, right)
             # A call of a function costs as much for one number as for a hundred.
-            exact = self.function(np.concatenate([nodes, quick]) + origin)
+            exact = self._exact(np.concatenate([nodes, quick]) + origin)
             fitted, exact = _POWERS[d] @ exact[: len(nodes)], exact[len(nodes) :]
             if not self._accurate(fitted, (quick - centre) / half, exact):
                 return None
@@ -373,9 +373,13 @@ class _Fitter:
             first, last = np.searchsorted(self.marks, (left + origin, right + origin + 1))
             dense = _within(np.rint(centre + half * _DENSE), left, right)
             places = np.concatenate([dense, self.marks[first:last] - origin])
-            if self._accurate(rounded, places, self.function(places + origin)):
+            if self._accurate(rounded, places, self._exact(places + origin)):
                 return (*row, *(0,) * (degree - len(row) + 1))
         return None
+
+    def _exact(self, places: Floats) -> Floats:
+        """The function; sums of large integers in floats may round to where it is not defined."""
+        return self.function(_within(places, self.low, self.high))
 
     def _accurate(self, row: Floats, places: Floats, exact: Floats) -> bool:
         """Whether a polynomial, at some places, is close enough to what the function is there."""
